@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TokenSelect's flags on SGLang's command line, and its keyword in `sgl.Engine`.
+
+Symptom without it: argparse and ServerArgs refuse names they do not declare.
+Seams: `ServerArgs.add_cli_args` and `ServerArgs.from_cli_args`, and `Engine.server_args_class`, a
+class attribute that SGLang keeps for this purpose and that no hook can reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from typing import Any
+
+from sglang_tokenselect import flags, refusals
+from sglang_tokenselect.config import ConfigError, TokenSelectConfig
+
+from .hook import Hook
+
+_SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+_LONGER_CONTEXT = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
+
+
+def _add_flags(result: Any, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+    flags.add_flags(parser)
+
+
+def _attach_options(original: Any, cls: type, namespace: argparse.Namespace) -> Any:
+    try:
+        options = flags.given_options(namespace)
+        config = TokenSelectConfig.from_options(options)
+        _allow_longer_context(config)
+        server_args = original(cls, namespace)
+        refusals.check_server_args(server_args, config, options_given=bool(options))
+    except (ConfigError, refusals.Refusal) as error:
+        sys.exit(f"error: {error}")
+    flags.attach(server_args, config)
+    return server_args
+
+
+def accept_engine_keyword() -> None:
+    """Lets `sgl.Engine(tokenselect={...})` pass, where the engine is imported already."""
+    engine = sys.modules.get("sglang.srt.entrypoints.engine")
+    if engine is None or getattr(engine.Engine.server_args_class, "accepts_tokenselect", False):
+        return
+    original = engine.Engine.server_args_class
+
+    @functools.wraps(original, updated=())
+    def server_args_with_options(*, tokenselect: Any = None, **kwargs: Any) -> Any:
+        config = TokenSelectConfig.from_options(tokenselect)
+        _allow_longer_context(config)
+        server_args = original(**kwargs)
+        refusals.check_server_args(server_args, config, options_given=tokenselect is not None)
+        flags.attach(server_args, config)
+        return server_args
+
+    server_args_with_options.accepts_tokenselect = True
+    engine.Engine.server_args_class = staticmethod(server_args_with_options)
+
+
+def _allow_longer_context(config: TokenSelectConfig) -> None:
+    """Compact positions stay within the trained length at any context, so SGLang need not object
+    to a --context-length beyond it. Set before ServerArgs reads it; child processes inherit it."""
+    if config.is_compact:
+        os.environ.setdefault(_LONGER_CONTEXT, "1")
+
+
+HOOKS = (
+    Hook(f"{_SERVER_ARGS}.add_cli_args", "after", _add_flags),
+    Hook(f"{_SERVER_ARGS}.from_cli_args", "around", _attach_options),
+)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was attended to so far. Plain sums, read by `/server_info` and never printed per step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.planner import ForwardPlan
+
+
+@dataclass
+class Counters:
+    """Sums since the server started. Tokens are counted once per step, votes once per layer.
+
+    Attributes:
+        decode_queries: decode steps, summed over requests.
+        cached_tokens: tokens that these queries could have attended to.
+        attended_tokens: tokens that they attended to in layers that select.
+        votes: selections made for decode queries.
+        reuses: decode queries that a cached selection served.
+        block_votes: selections made for prefill blocks.
+    """
+
+    decode_queries: int = 0
+    cached_tokens: int = 0
+    attended_tokens: int = 0
+    votes: int = 0
+    reuses: int = 0
+    block_votes: int = 0
+
+    def count_decode(self, plan: ForwardPlan, window: Window) -> None:
+        for request in plan.requests:
+            self.decode_queries += 1
+            self.cached_tokens += request.seq_len
+            self.attended_tokens += window.attended_length(request.seq_len)
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)

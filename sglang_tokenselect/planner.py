@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One plan per forward: which tokens are whose. Host integers only, made before the first layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """One request's part of a forward.
+
+    Attributes:
+        req_pool_idx: its row of `req_to_token`.
+        seq_len: its cached tokens, those of this forward included.
+        first_query: where its queries begin in the forward's query tensor.
+        num_queries: 1 in decode.
+    """
+
+    req_pool_idx: int
+    seq_len: int
+    first_query: int
+    num_queries: int
+
+    @property
+    def prefix_len(self) -> int:
+        return self.seq_len - self.num_queries
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """The requests of one forward, in batch order."""
+
+    is_decode: bool
+    requests: tuple[RequestPlan, ...]
+
+
+def plan_forward(forward_batch: ForwardBatch) -> ForwardPlan:
+    """Reads the batch's host-side lengths; `req_pool_indices` are on the CPU with this runner."""
+    is_decode = forward_batch.forward_mode.is_decode()
+    rows = forward_batch.req_pool_indices.tolist()
+    seq_lens = forward_batch.seq_lens_cpu.tolist()
+    lengths = [1] * len(rows) if is_decode else list(forward_batch.extend_seq_lens_cpu)
+    requests, first_query = [], 0
+    for row, seq_len, num_queries in zip(rows, seq_lens, lengths, strict=True):
+        requests.append(RequestPlan(row, seq_len, first_query, num_queries))
+        first_query += num_queries
+    return ForwardPlan(is_decode, tuple(requests))

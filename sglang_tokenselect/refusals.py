@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What TokenSelect does not serve, refused at start with the reason: never silently dense or wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.plugin import BACKEND
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+# ServerArgs field: (the only values served, what the others would need). None means "not set".
+_SERVED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "prefill_attention_backend": ((None, BACKEND), "both phases run in one backend"),
+    "decode_attention_backend": ((None, BACKEND), "both phases run in one backend"),
+    "speculative_algorithm": ((None, "NONE"), "draft and verify steps have no selection yet"),
+    "page_size": ((None, 1), "tokens are selected one by one"),
+    "tp_size": ((1,), "votes are not summed over ranks yet"),
+    "pp_size": ((1,), "not served yet"),
+    "dp_size": ((1,), "not served yet"),
+    "attn_cp_size": ((1,), "not served yet"),
+    "kv_cache_dtype": (("auto", "bf16", "bfloat16"), "quantized keys are not scored yet"),
+    "disaggregation_mode": (("null",), "a selection is not handed from prefill to decode servers"),
+    "dllm_algorithm": ((None,), "block diffusion has no decode query"),
+    "tokenizer_worker_num": ((1,), "extra tokenizer workers load no plugins"),
+    "enable_hierarchical_cache": ((False,), "not served yet"),
+    "enable_mixed_chunk": ((False,), "a decode query in a prefill batch has no selection yet"),
+    "enable_two_batch_overlap": ((False,), "not served yet"),
+    "enable_pdmux": ((False,), "not served yet"),
+    "enable_torch_compile": ((False,), "the runner is not compiled"),
+    "enable_deterministic_inference": ((False,), "not served yet"),
+}
+
+
+class Refusal(ValueError):
+    """A flag or model that TokenSelect does not serve, told as name, expected, got."""
+
+    def __init__(self, name: str, expected: str, got: object, reason: str = "") -> None:
+        super().__init__(f"tokenselect: {name}: expected {expected}, got {got}" + (f" ({reason})" if reason else ""))
+
+
+def check_server_args(server_args: Any, config: TokenSelectConfig, *, options_given: bool = False) -> None:
+    """Refuses flags that do not go with the backend. Runs before any model is loaded.
+
+    Args:
+        options_given: TokenSelect options were given, so another backend is refused too.
+
+    Raises:
+        Refusal: the first flag that is not served.
+    """
+    if not _asks_for_backend(server_args):
+        if options_given:
+            raise Refusal("attention_backend", f"{BACKEND!r}, since its options are given", server_args.attention_backend)
+        return
+    if server_args.attention_backend != BACKEND:
+        reason = "both phases run in one backend"
+        raise Refusal("attention_backend", repr(BACKEND), server_args.attention_backend, reason)
+    for name, (served, reason) in _SERVED_FLAGS.items():
+        value = getattr(server_args, name, served[0])
+        if value not in served:
+            raise Refusal(name, " or ".join(map(repr, served)), repr(value), reason)
+    _check_chunks(getattr(server_args, "chunked_prefill_size", None), config)
+
+
+def check_device(device: str) -> None:
+    """Refuses accelerators, which the runner in plain PyTorch would serve very slowly."""
+    if device != "cpu":
+        raise Refusal("device", "'cpu'", repr(device), "the kernels for GPUs are not in this version")
+
+
+def check_model(model_config: ModelConfig, config: TokenSelectConfig) -> None:
+    """Refuses models by their configuration; the special reasons come before the list of what is served."""
+    hf_config = model_config.hf_text_config
+    kind = _unserved_kind(model_config, hf_config)
+    architecture = (model_config.hf_config.architectures or [None])[0]
+    if kind is not None:
+        raise Refusal("model", "decoder with full softmax attention in every layer", f"{architecture}: {kind}")
+    if architecture not in ARCHITECTURES:
+        raise Refusal("model", f"one of {', '.join(ARCHITECTURES)}", architecture)
+    if wrong := [layer for layer in config.dense_layers if layer >= model_config.num_hidden_layers]:
+        raise Refusal("dense_layers", f"layers below {model_config.num_hidden_layers}", wrong)
+    if config.is_compact:
+        _check_compact(hf_config, config)
+
+
+def _asks_for_backend(server_args: Any) -> bool:
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    return BACKEND in [getattr(server_args, name, None) for name in names]
+
+
+def _check_chunks(chunked_prefill_size: int | None, config: TokenSelectConfig) -> None:
+    if chunked_prefill_size is not None and chunked_prefill_size > 0 and chunked_prefill_size % config.block:
+        reason = "so that the output does not depend on the chunks"
+        raise Refusal("chunked_prefill_size", f"a multiple of block={config.block}", chunked_prefill_size, reason)
+
+
+def _unserved_kind(model_config: Any, hf_config: Any) -> str | None:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    if model_config.attention_arch == AttentionArch.MLA:
+        return "multi-head latent attention (MLA) keeps no keys per head"
+    if model_config.is_encoder_decoder:
+        return "cross attention reads an encoder's keys"
+    if not model_config.is_generation:
+        return "an encoder or embedding model does not decode"
+    if model_config.is_multimodal:
+        return "a multimodal model"
+    if any(getattr(hf_config, name, None) for name in ("linear_num_value_heads", "mamba_d_state", "linear_attn_config")):
+        return "a hybrid with linear attention keeps a state, not keys"
+    if getattr(hf_config, "use_sliding_window", False):
+        return "sliding-window layers"
+    return None
+
+
+def _check_compact(hf_config: Any, config: TokenSelectConfig) -> None:
+    rope = getattr(hf_config, "rope_scaling", None) or getattr(hf_config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise Refusal("positions=compact", "a plain RoPE (no scaling)", f"rope_type={kind}")
+    longest, trained = config.window.size + config.block, hf_config.max_position_embeddings
+    if longest > trained:
+        raise Refusal("sink + budget + local + block", f"at most the trained length {trained} with compact positions", longest)

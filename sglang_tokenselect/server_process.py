@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real SGLang server as a child process: started, awaited, and ended with all its processes.
+
+Used by the demo, the evaluation and the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class ServerProcess:
+    """`python -m sglang.launch_server` on the loopback, as a context manager.
+
+    Attributes:
+        url: http://127.0.0.1:PORT
+        log_path: the file with the server's output.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *flags: str,
+        backend: str = "tokenselect",
+        env: dict[str, str] | None = None,
+        launcher: Sequence[str] = ("-m", "sglang.launch_server"),
+    ) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log_path = Path(tempfile.mkstemp(prefix="sglang-server-", suffix=".log")[1])
+        where = ["--model-path", str(model_path), "--host", "127.0.0.1", "--port", str(port)]
+        self.command = [sys.executable, *launcher, *where, "--attention-backend", backend, *flags]
+        # Nothing here comes from a hub; without this, loading a local folder may still ask one.
+        self._env = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> ServerProcess:
+        self.start()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, env=self._env, start_new_session=True
+            )
+
+    def wait_until_ready(self, timeout: float = 300.0, on_wait: Callable[[float], None] | None = None) -> None:
+        """Waits for the first answer of the server.
+
+        Args:
+            on_wait: called about once a second with the seconds waited so far.
+
+        Raises:
+            RuntimeError: the server ended, or was not ready in `timeout` seconds; with the end of its log.
+        """
+        begin = time.monotonic()
+        while not self._is_ready():
+            waited = time.monotonic() - begin
+            if self._process.poll() is not None or waited > timeout:
+                raise RuntimeError(f"server not ready after {waited:.0f} s: {' '.join(self.command)}\n{self.log_tail()}")
+            if on_wait is not None:
+                on_wait(waited)
+            time.sleep(1.0)
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        for signum, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+            try:
+                os.killpg(self._process.pid, signum)
+                self._process.wait(patience)
+            except ProcessLookupError:
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        self._process = None
+
+    def log_tail(self, num_lines: int = 30) -> str:
+        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            return json.load(response)
+
+    def post(self, path: str, payload: dict[str, Any], timeout: float = 3600.0) -> Any:
+        """The JSON answer; an HTTP error status raises urllib.error.HTTPError."""
+        body = json.dumps(payload).encode()
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return json.load(response)
+
+    def counters(self) -> dict[str, int]:
+        """TokenSelect's counters so far (see counters.Counters)."""
+        return self.get("/server_info")["internal_states"][0]["tokenselect"]["counters"]
+
+    def _is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(self.url + "/health_generate", timeout=30):
+                return True
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selection and attention in plain PyTorch, request by request, for machines without a GPU.
+
+The semantics are in `kernels/reference/`; this file only leads each request of a forward through them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.counters import Counters
+from sglang_tokenselect.kernels.reference.attention import attend_positions
+from sglang_tokenselect.kernels.reference.cache import CachedSelection
+from sglang_tokenselect.kernels.reference.decode import select_for_query
+from sglang_tokenselect.kernels.reference.kv import RequestKV
+from sglang_tokenselect.kernels.reference.positions import Rope
+from sglang_tokenselect.kernels.reference.prefill import cut_blocks, first_sparse_position, select_for_block
+from sglang_tokenselect.planner import ForwardPlan, RequestPlan
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer hands to the runner.
+
+    Attributes:
+        layer_id: of the model, from 0.
+        key_pool: [num_slots, num_kv_heads, head_dim], keys of this forward written already.
+        value_pool: as `key_pool`.
+        scaling: factor of the attention's logits.
+        logit_cap: tanh soft cap of the attention's logits, 0 for none.
+    """
+
+    layer_id: int
+    key_pool: torch.Tensor
+    value_pool: torch.Tensor
+    scaling: float
+    logit_cap: float
+
+
+class TorchRunner:
+    """Runs the layers of one model. Keeps the selection cache, keyed by `req_pool_idx` and layer."""
+
+    def __init__(self, config: TokenSelectConfig, req_to_token: torch.Tensor, ropes: dict[int, Rope]) -> None:
+        """
+        Args:
+            req_to_token: [num_rows, max_context_len] int32, the slot of each position of each row.
+            ropes: per layer_id in compact mode, empty in absolute mode.
+        """
+        self.config = config
+        self.counters = Counters()
+        self._req_to_token = req_to_token
+        self._ropes = ropes
+        self._cached: dict[int, dict[int, CachedSelection]] = {}
+
+    def begin(self, plan: ForwardPlan) -> None:
+        """Once per forward. A prefill ends what is cached for its rows, whoever had them before."""
+        if plan.is_decode:
+            self.counters.count_decode(plan, self.config.window)
+        else:
+            for request in plan.requests:
+                self._cached.pop(request.req_pool_idx, None)
+
+    def run(self, query: torch.Tensor, layer: LayerInput, plan: ForwardPlan) -> torch.Tensor:
+        """Attention of all queries of a forward in one layer.
+
+        Args:
+            query: [num_tokens, num_qo_heads, head_dim]; un-rotated in compact mode.
+
+        Returns:
+            [num_tokens, num_qo_heads, head_dim].
+        """
+        out = torch.empty_like(query)
+        attend_request = self._decode if plan.is_decode else self._extend
+        for request in plan.requests:
+            span = slice(request.first_query, request.first_query + request.num_queries)
+            slots = self._req_to_token[request.req_pool_idx, : request.seq_len]
+            kv = RequestKV(layer.key_pool, layer.value_pool, slots)
+            out[span] = attend_request(query[span], kv, layer, request)
+        return out
+
+    def _decode(self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan) -> torch.Tensor:
+        window = self.config.window
+        if self._is_dense(layer) or request.seq_len <= window.size:
+            return self._attend(query, kv, slice(None), layer)
+        selection = self._selection(query[0], kv, layer, request)
+        age = request.seq_len - selection.seq_len
+        return self._attend(query, kv, window.positions(selection.ranked, request.seq_len, age=age), layer)
+
+    def _selection(
+        self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan
+    ) -> CachedSelection:
+        config, rows = self.config, self._cached.setdefault(request.req_pool_idx, {})
+        cached = rows.get(layer.layer_id)
+        if cached is not None and cached.serves(
+            query, request.seq_len, config.window, theta=config.theta, max_reuse=config.max_reuse
+        ):
+            self.counters.reuses += 1
+            return cached
+        rope = self._ropes.get(layer.layer_id)
+        ranked = select_for_query(query, kv, config.window, rope=rope, vote_scale=config.vote_scale)
+        self.counters.votes += 1
+        rows[layer.layer_id] = CachedSelection(query.clone(), ranked, request.seq_len)
+        return rows[layer.layer_id]
+
+    def _extend(self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan) -> torch.Tensor:
+        config, start, end = self.config, request.prefix_len, request.seq_len
+        sparse = end if self._is_dense(layer) else first_sparse_position(start, end, config.block, config.window)
+        out = torch.empty_like(query)
+        if sparse > start:
+            out[: sparse - start] = self._attend(query[: sparse - start], kv, slice(0, sparse), layer)
+        if sparse < end:
+            candidates = self._block_candidates(kv, end)
+            for lo, hi in cut_blocks(sparse, end, config.block):
+                block = query[lo - start : hi - start]
+                positions = self._block_positions(block, candidates, lo, hi, layer)
+                out[lo - start : hi - start] = self._attend(block, kv, positions, layer)
+        return out
+
+    def _block_candidates(self, kv: RequestKV, end: int) -> torch.Tensor:
+        """Keys of the past from the sink on, gathered and widened once for all blocks of a request."""
+        keys = kv.keys(slice(self.config.sink, end))
+        return keys.to(torch.promote_types(keys.dtype, torch.float32))
+
+    def _block_positions(
+        self, query: torch.Tensor, candidates: torch.Tensor, lo: int, hi: int, layer: LayerInput
+    ) -> torch.Tensor:
+        config = self.config
+        ranked = select_for_block(
+            query,
+            candidates,
+            lo,
+            config.window,
+            sub_block=config.sub_block,
+            combine=config.combine,
+            rope=self._ropes.get(layer.layer_id),
+            vote_scale=config.vote_scale,
+        )
+        self.counters.block_votes += 1
+        own = torch.arange(lo, hi, device=query.device)
+        return torch.cat([config.window.positions(ranked, lo), own])
+
+    def _attend(self, query: torch.Tensor, kv: RequestKV, positions, layer: LayerInput) -> torch.Tensor:
+        rope = self._ropes.get(layer.layer_id)
+        return attend_positions(
+            query, kv, positions, scaling=layer.scaling, logit_cap=layer.logit_cap, rope=rope
+        )
+
+    def _is_dense(self, layer: LayerInput) -> bool:
+        return layer.layer_id in self.config.dense_layers
