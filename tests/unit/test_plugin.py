@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin inside real SGLang: boot order, idempotence, hooks, versions, refusals."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import write_config
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import ServerArgs
+
+from sglang_tokenselect import compat, cpu_platform, plugin, refusals
+from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.patches import chunk_alignment, hook, install
+
+REPO = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    load_plugins()
+
+
+def test_entry_points_are_declared():
+    assert entry_points(group="sglang.srt.plugins")["tokenselect"].value == "sglang_tokenselect.plugin:register"
+    platform = entry_points(group="sglang.srt.platforms")[cpu_platform.NAME]
+    assert platform.value == "sglang_tokenselect.cpu_platform:activate"
+
+
+def test_import_is_silent_and_light():
+    """Importing the package registers nothing and loads neither SGLang nor torch."""
+    code = "import sys, sglang_tokenselect, sglang_tokenselect.plugin; print([m for m in ('sglang', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_second_load_changes_nothing():
+    before, wrapped = ATTENTION_BACKENDS["tokenselect"], ServerArgs.from_cli_args.__func__
+    plugin.register()
+    load_plugins()
+    assert ATTENTION_BACKENDS["tokenselect"] is before
+    assert ServerArgs.from_cli_args.__func__ is wrapped
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)  # argparse raises on a flag that is added twice
+    assert "--tokenselect-budget" in parser.format_help()
+
+
+def test_all_hooks_are_applied_and_a_missing_one_is_named(monkeypatch):
+    install.verify()
+    lost = hook.Hook("sglang.srt.server_args.ServerArgs.no_such_method", "after", print)
+    monkeypatch.setattr(chunk_alignment, "HOOKS", (*chunk_alignment.HOOKS, lost))
+    with pytest.raises(RuntimeError, match="hooks: expected all applied, got none on .*no_such_method"):
+        install.verify()
+
+
+def test_a_hook_that_is_not_ours_does_not_count():
+    target = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
+    assert not hook.Hook(target, "around", lambda *args: None).is_applied()
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.24", "0.6.0", "1.0"])
+def test_other_sglang_versions_are_refused(version, monkeypatch):
+    monkeypatch.setattr(compat, "version", lambda name: version)
+    with pytest.raises(RuntimeError, match=f"sglang: expected >=0.5.17,<0.5.24, got {version}"):
+        plugin.register()
+
+
+@pytest.mark.parametrize("version", ["0.5.17", "0.5.17.post1", "0.5.23rc1"])
+def test_versions_of_the_range_pass(version, monkeypatch):
+    monkeypatch.setattr(compat, "version", lambda name: version)
+    compat.check_sglang_version()
+
+
+def test_the_platform_steps_aside(monkeypatch):
+    assert cpu_platform.activate() == "sglang_tokenselect.cpu_platform.TorchCpuPlatform"
+    with monkeypatch.context() as patch:
+        patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+        assert cpu_platform.activate() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        assert cpu_platform.activate() is None
+    other = entry_points(group="console_scripts")
+    monkeypatch.setattr(cpu_platform, "entry_points", lambda group: other)
+    assert cpu_platform.activate() is None
+    monkeypatch.setenv("SGLANG_PLATFORM", cpu_platform.NAME)
+    assert cpu_platform.activate() is not None
+
+
+def test_bare_kernels_is_the_package_that_transformers_imports():
+    """`kernels/` without __init__.py loses against the installed distribution, even from the repository's root."""
+    code = "import kernels; print(kernels.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    assert "site-packages" in found
+    assert importlib.util.find_spec("sglang_tokenselect.kernels.reference.vote") is not None
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("llama"), "llama", "LlamaForCausalLM")
+
+
+def server_args(model, *argv):
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    base = ["--model-path", str(model), "--device", "cpu", "--load-format", "dummy", "--skip-tokenizer-init"]
+    return ServerArgs.from_cli_args(parser.parse_args([*base, *argv]))
+
+
+OURS = ("--attention-backend", "tokenselect")
+REFUSED_FLAGS = [
+    (["--attention-backend", "torch_native", "--tokenselect-budget", "9"], "attention_backend: expected 'tokenselect', since"),
+    (["--attention-backend", "torch_native", "--prefill-attention-backend", "tokenselect"], "both phases run in one backend"),
+    ([*OURS, "--decode-attention-backend", "torch_native"], "decode_attention_backend: expected None or 'tokenselect'"),
+    ([*OURS, "--page-size", "16"], "page_size: expected None or 1, got 16"),
+    ([*OURS, "--tp-size", "2"], "tp_size: expected 1, got 2"),
+    ([*OURS, "--kv-cache-dtype", "fp8_e4m3"], "kv_cache_dtype: expected 'auto'"),
+    ([*OURS, "--tokenizer-worker-num", "2"], "tokenizer_worker_num: expected 1, got 2"),
+    ([*OURS, "--enable-mixed-chunk"], "enable_mixed_chunk: expected False, got True"),
+    ([*OURS, "--chunked-prefill-size", "1000"], "chunked_prefill_size: expected a multiple of block=128, got 1000"),
+    ([*OURS, "--tokenselect-block", "100"], "sub_block: expected a divisor of block=100, got 16"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), REFUSED_FLAGS, ids=lambda x: x if isinstance(x, str) else "")
+def test_flag_mixes_are_refused_before_any_model_is_loaded(llama, argv, message):
+    with pytest.raises(SystemExit, match=message):
+        server_args(llama, *argv)
+
+
+def test_the_flags_that_are_checked_exist(llama):
+    args = server_args(llama, *OURS)
+    for name in refusals._SERVED_FLAGS:
+        assert hasattr(args, name), name
+
+
+def test_speculative_decoding_is_refused():
+    """Without a draft model SGLang's own checks would come first, so the flag is looked at alone."""
+    args = SimpleNamespace(attention_backend="tokenselect", speculative_algorithm="EAGLE")
+    with pytest.raises(refusals.Refusal, match="speculative_algorithm: expected None or 'NONE', got 'EAGLE'"):
+        refusals.check_server_args(args, TokenSelectConfig())
+
+
+REFUSED_MODELS = [
+    ("deepseek_v2", "DeepseekV2ForCausalLM", {"kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}, "latent attention"),
+    ("mllama", "MllamaForConditionalGeneration", {}, "cross attention"),
+    ("bert", "BertModel", {}, "does not decode"),
+    ("mistral", "MistralForCausalLM", {"sliding_window": 64}, "model: expected one of LlamaForCausalLM"),
+    ("qwen2", "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 64}, "sliding-window layers"),
+    ("qwen3_next", "Qwen3NextForCausalLM", {}, "linear attention"),
+    ("gemma2", "Gemma2ForCausalLM", {}, "model: expected one of LlamaForCausalLM"),
+]  # fmt: skip
+
+
+def model_config(folder):
+    from sglang.srt.configs.model_config import ModelConfig
+
+    return ModelConfig(str(folder))
+
+
+@pytest.mark.parametrize(("model_type", "architecture", "config", "message"), REFUSED_MODELS, ids=lambda x: str(x)[:24])
+def test_models_are_refused_with_the_reason(tmp_path, model_type, architecture, config, message):
+    folder = write_config(tmp_path, model_type, architecture, **config)
+    with pytest.raises(refusals.Refusal, match=message):
+        refusals.check_model(model_config(folder), TokenSelectConfig())
+
+
+@pytest.mark.parametrize(("model_type", "architecture"), [("llama", "LlamaForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")])
+def test_served_models_pass(tmp_path, model_type, architecture):
+    config = model_config(write_config(tmp_path, model_type, architecture))
+    refusals.check_model(config, TokenSelectConfig())
+    refusals.check_model(config, TokenSelectConfig(positions="compact"))
+
+
+def test_compact_positions_need_plain_rope_and_a_window_within_the_trained_length(tmp_path):
+    compact = TokenSelectConfig(positions="compact")
+    scaled = write_config(tmp_path / "a", "llama", "LlamaForCausalLM", rope_scaling={"rope_type": "linear", "factor": 2.0})
+    with pytest.raises(refusals.Refusal, match="expected a plain RoPE"):
+        refusals.check_model(model_config(scaled), compact)
+    short = write_config(tmp_path / "b", "llama", "LlamaForCausalLM", max_position_embeddings=2048)
+    with pytest.raises(refusals.Refusal, match="expected at most the trained length 2048 with compact positions, got 2816"):
+        refusals.check_model(model_config(short), compact)
+
+
+def test_dense_layers_must_exist(llama):
+    with pytest.raises(refusals.Refusal, match=r"dense_layers: expected layers below 2, got \[2\]"):
+        refusals.check_model(model_config(llama), TokenSelectConfig(dense_layers=(0, 2)))
+
+
+def test_accelerators_are_refused():
+    with pytest.raises(refusals.Refusal, match="device: expected 'cpu', got 'cuda'"):
+        refusals.check_device("cuda")
+
+
+@pytest.mark.parametrize(("start", "end", "aligned"), [(0, 300, 256), (100, 300, 256), (256, 300, 300), (0, 100, 100), (0, 256, 256)])
+def test_chunks_end_at_blocks(start, end, aligned):
+    assert chunk_alignment.aligned_end(start, end, 128) == aligned
