@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server on the shipped needle checkpoint: one set of flags for the demo, `make serve` and the tests.
+
+python -m sglang_tokenselect.needle_server [more flags of sglang.launch_server]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from sglang_tokenselect.needle import checkpoint_path
+from sglang_tokenselect.server_process import ServerProcess
+
+TRAINED_LENGTH = 4096
+CONTEXT_LENGTH = 70_000
+
+# --mem-fraction-static: SGLang's own value comes from accelerators and may be negative here; what
+# holds is --max-total-tokens (0.8 GB). --sleep-on-idle: an idle server leaves the cores to the other.
+COMMON_FLAGS = (
+    *("--device", "cpu", "--dtype", "float32", "--grammar-backend", "none"),
+    *("--context-length", str(CONTEXT_LENGTH), "--max-total-tokens", "150000", "--mem-fraction-static", "0.5"),
+    *("--sleep-on-idle", "--enable-cache-report"),
+)
+TOKENSELECT_FLAGS = (
+    *("--tokenselect-positions", "compact"),
+    *("--tokenselect-sink", "64", "--tokenselect-budget", "448", "--tokenselect-local", "128"),
+    *("--tokenselect-block", "128", "--tokenselect-sub-block", "16", "--chunked-prefill-size", "4096"),
+)
+# In one chunk, since torch_native computes the whole prefix anew for each.
+DENSE_FLAGS = ("--chunked-prefill-size", "-1")
+SERVER_FLAGS = {"tokenselect": (*COMMON_FLAGS, *TOKENSELECT_FLAGS), "torch_native": (*COMMON_FLAGS, *DENSE_FLAGS)}
+
+# The checkpoint is served on the CPU on every machine. Without the second, SGLang refuses a context
+# beyond the trained length to the dense backend.
+SERVER_ENV = {"CUDA_VISIBLE_DEVICES": "", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def needle_server(backend: str = "tokenselect", model_path: Path | None = None) -> ServerProcess:
+    """A server that is not started yet.
+
+    Args:
+        backend: `tokenselect` or `torch_native`, which is dense.
+        model_path: another checkpoint of this architecture and tokenizer.
+    """
+    return ServerProcess(model_path or checkpoint_path(), *SERVER_FLAGS[backend], backend=backend, env=SERVER_ENV)
+
+
+def main() -> None:
+    """Becomes the server. Flags that are given again on the command line win."""
+    where = ("--model-path", str(checkpoint_path()), "--attention-backend", "tokenselect")
+    command = (sys.executable, "-m", "sglang.launch_server", *where, *SERVER_FLAGS["tokenselect"], *sys.argv[1:])
+    print(" ".join(command[1:]), flush=True)
+    os.execve(sys.executable, command, {**os.environ, **SERVER_ENV})
+
+
+if __name__ == "__main__":
+    main()
