@@ -74,10 +74,9 @@ def build(folder: Path, wanted: list[str]) -> None:
     run(sys.executable, "-m", "venv", str(folder))
     python = str(folder / "bin" / "python")
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
-    if subprocess.run([*pip, "--quiet", "uv"], stdin=subprocess.DEVNULL).returncode == 0:
-        run(str(folder / "bin" / "uv"), "pip", "install", "--python", python, *wanted)
-    else:
-        say("uv cannot be installed; going on with pip")
+    uv = (str(folder / "bin" / "uv"), "pip", "install", "--python", python)
+    if not (succeeds(*pip, "--quiet", "uv") and succeeds(*uv, *wanted)):
+        say("uv is not to be had or failed (it does not read pip's settings); going on with pip")
         run(*pip, *wanted)
     say(f"Installed in {time.monotonic() - begin:.0f} s")
 
@@ -137,10 +136,13 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def run(*command: str) -> None:
-    """Runs a command with its output shown; ends this script with its exit code if it fails."""
-    code = subprocess.run(command, stdin=subprocess.DEVNULL, cwd=CHECKOUT).returncode
-    if code:
-        sys.exit(f"exit code of {' '.join(command)}: expected 0, got {code}")
+    """Runs a command with its output shown; ends this script if it fails."""
+    if not succeeds(*command):
+        sys.exit(f"command: expected exit code 0, got another from {' '.join(command)}")
+
+
+def succeeds(*command: str) -> bool:
+    return subprocess.run(command, stdin=subprocess.DEVNULL, cwd=CHECKOUT).returncode == 0
 
 
 def say(text: str) -> None:

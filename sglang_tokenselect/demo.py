@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import openai
 from rich.console import Console
 
 from sglang_tokenselect.demo_questions import draw_samples, short_question, token_counter
@@ -77,8 +78,6 @@ class Asker:
     """Puts questions to one server through the OpenAI-compatible API."""
 
     def __init__(self, server: ServerProcess, count_tokens: Callable[[str], int]) -> None:
-        import openai
-
         self._server = server
         self._count_tokens = count_tokens
         self._client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600.0)
@@ -145,7 +144,10 @@ def ask_all(
             answers = {}
             for name, asker in askers.items():
                 view.status(f"{name} answers about {length:,} tokens")
-                answers[name] = asker.ask(sample, has_counters=name == "tokenselect")
+                try:
+                    answers[name] = asker.ask(sample, has_counters=name == "tokenselect")
+                except (openai.OpenAIError, OSError) as error:
+                    raise SystemExit(f"{name}: expected an answer, got {error!r}; see its log above") from error
             yield Row(length, sample.task, short_question(sample), sample.answers, **answers)
 
 

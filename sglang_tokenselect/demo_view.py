@@ -33,6 +33,7 @@ CAPTION = (
     "attended: tokens per decode step and layer, and their share of the cached tokens. "
     "The first question about a text reads it; the radix cache serves it to the others."
 )
+SAID_WIDTH = 14
 # Lines that the live display takes beside its rows.
 FRAME_HEIGHT = 8
 
@@ -139,9 +140,11 @@ def cells(row: Row) -> list[str]:
 
 
 def verdict(answer: Answer) -> str:
-    """Right or wrong, and the numbers or variables in the answer (the start of it if there are none)."""
-    found = re.findall(r"\d{4,}|\b[A-Z]{3}\b", answer.text)
-    said = ", ".join(found[:4]) or repr(answer.text[:14])
+    """Right or wrong, and the numbers or variables in the answer; its text where there are none."""
+    found = re.findall(r"\b(?:\d{6}|[A-Z]{3})\b", answer.text)
+    said = ", ".join(found) or answer.text
+    if len(said) > SAID_WIDTH:
+        said = said[: SAID_WIDTH - 1] + "…"
     return f"{'✓ right' if answer.is_right else '✗ wrong'} {said}"
 
 

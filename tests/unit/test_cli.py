@@ -105,8 +105,17 @@ def test_cells_say_right_and_wrong_in_words():
     ]
 
 
-def test_verdict_without_a_number_shows_the_text():
-    assert demo_view.verdict(replace(WRONG, text="is is is is is is")) == "✗ wrong 'is is is is is'"
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("for amber is 123456, for cedar is 234567", "123456, 234567"),
+        ("BAX, KIP, ROZ", "BAX, KIP, ROZ"),
+        ("is is is is is is", "is is is is i…"),
+        ("", ""),
+    ],
+)
+def test_verdict_shows_values_or_else_the_text(text, said):
+    assert demo_view.verdict(replace(WRONG, text=text)) == f"✗ wrong {said}"
 
 
 def test_without_a_terminal_rows_are_plain_lines():
