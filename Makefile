@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# SGLANG: the version of SGLang to run with. ARGS: more arguments of the command that a target starts.
+# SGLANG: the version of SGLang to run with, as in `make test SGLANG=0.5.23`.
+# ARGS: more arguments of the command that a target starts.
 SGLANG ?= 0.5.17
 ARGS ?=
 BIN := .venv/bin

@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-DEFAULT_SGLANG = "0.5.17"
 # What `make` needs beside the package and its tests. Ruff is pinned: releases differ in what they report.
 TOOLS = ("ruff==0.14.5", "setuptools>=77")
 EDITABLE_INSTALL = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet", "--editable")
@@ -33,7 +32,7 @@ EDITABLE_INSTALL = ("--no-deps", "--no-build-isolation", "--disable-pip-version-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog=".ci/env")
-    parser.add_argument("--sglang", default=DEFAULT_SGLANG, metavar="VERSION", help="default: %(default)s")
+    parser.add_argument("--sglang", required=True, metavar="VERSION", help="of SGLang (the Makefile has the default)")
     version = parser.parse_args().sglang
     wanted = requirements((CHECKOUT / "pyproject.toml").read_text(), version)
     shared = shared_environment(wanted, version)

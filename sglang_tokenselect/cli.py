@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sglang_tokenselect.demo_questions import LENGTHS, QUESTIONS, SEEDS
+
 DEFAULT_LENGTHS = (4096, 8192, 16384, 32768)
 
 
@@ -37,8 +39,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_lengths(text: str) -> tuple[int, ...]:
     """'4096,8192' to (4096, 8192)."""
-    from sglang_tokenselect.demo_questions import LENGTHS
-
     try:
         lengths = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -61,8 +61,6 @@ def parse_within(bounds: range) -> Callable[[str], int]:
 
 
 def _add_demo_options(parser: argparse.ArgumentParser) -> None:
-    from sglang_tokenselect.demo_questions import QUESTIONS, SEEDS
-
     parser.add_argument(
         "--lengths",
         type=parse_lengths,
@@ -80,6 +78,7 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_demo(args: argparse.Namespace) -> int:
+    # Only here, since it imports what takes a second: the OpenAI client and rich.
     from sglang_tokenselect.demo import DemoOptions, run_demo
 
     options = DemoOptions(

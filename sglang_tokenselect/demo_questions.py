@@ -48,10 +48,7 @@ def draw_samples(length: int, num_questions: int, seed: int, count_tokens: Calla
 
 
 def short_question(sample: tasks.Sample) -> str:
-    """The question in few words, for a table.
-
-    >>> "number of amber", "numbers of amber, cedar", "variables = 123456"
-    """
+    """In few words, for a table: `number of amber`, `numbers of amber, cedar` or `variables = 123456`."""
     facts, answers = sample.context.facts, set(sample.answers)
     if sample.task == "variable_tracking":
         value = next(chain.value for chain in facts.chains if answers == set(chain.names))
