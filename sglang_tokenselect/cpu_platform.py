@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 NAME = "tokenselect_cpu"
+# SGLang's own default is meant for a GPU's memory: on a host it would take nearly all there is.
+HOST_MEMORY_FRACTION = 0.2
 
 
 def activate() -> str | None:
@@ -41,11 +43,13 @@ class TorchCpuPlatform(CpuSRTPlatform):
     _enum = PlatformEnum.OOT
 
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
-        """Nothing can be captured here, whatever the flags say."""
+        """No graphs, whatever the flags say, and a KV pool that leaves most of the host's memory alone."""
         from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 
         disabled = PhaseConfig(backend=Backend.DISABLED)
         server_args.disable_cuda_graph = True
+        if server_args.mem_fraction_static is None:
+            server_args.mem_fraction_static = HOST_MEMORY_FRACTION
         server_args.cuda_graph_config = CudaGraphConfig(decode=disabled, prefill=disabled)
 
     def get_default_attention_backend(self) -> str:

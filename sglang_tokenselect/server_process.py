@@ -104,10 +104,14 @@ class ServerProcess:
 
     def post(self, path: str, payload: dict[str, Any], timeout: float = 3600.0) -> Any:
         """The JSON answer; an HTTP error status raises urllib.error.HTTPError."""
+        return json.loads(self.post_text(path, payload, timeout))
+
+    def post_text(self, path: str, payload: dict[str, Any], timeout: float = 3600.0) -> str:
+        """The answer as it is: some routes of SGLang answer with nothing, or with a sentence."""
         body = json.dumps(payload).encode()
         request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=timeout) as response:
-            return json.load(response)
+            return response.read().decode()
 
     def counters(self) -> dict[str, int]:
         """TokenSelect's counters so far (see counters.Counters)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 SMALL = {
     "vocab_size": 512,
-    "hidden_size": 128,
+    "hidden_size": 256,
     "intermediate_size": 192,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,

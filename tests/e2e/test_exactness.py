@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exactness laws of the spec, on real servers under mixed traffic.
+
+Law 1: with a budget beyond the context, greedy tokens equal the dense backend's, whatever the
+chunks, radix hits, retractions and aborts. Laws 3 and 4 are in test_sparse_laws.py.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from models import write_model
+from traffic import TOKEN_SERVER, Aborts, generate, mixed_requests
+
+from sglang_tokenselect.server_process import ServerProcess
+
+# A window beyond every request here, in blocks that the small chunks below cut many times.
+WHOLE = ("--tokenselect-budget", "2048", "--tokenselect-block", "32", "--tokenselect-sub-block", "8")
+# A pool too small for all that run at once; SGLang's own test switch retracts every few steps besides.
+TIGHT = ("--chunked-prefill-size", "96", "--max-total-tokens", "2600", "--max-running-requests", "24")
+RETRACT = {"SGLANG_TEST_RETRACT": "1"}
+COMPACT = ("--tokenselect-positions", "compact")
+REQUESTS = mixed_requests(200, longest=900, seed=1)
+
+
+def dense_answers(model, requests):
+    with ServerProcess(model, *TOKEN_SERVER, backend="torch_native") as server:
+        return generate(server, requests, concurrency=8)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("llama"), "Llama")
+
+
+@pytest.fixture(scope="module")
+def llama_answers(llama):
+    return dense_answers(llama, REQUESTS)
+
+
+@pytest.mark.parametrize("positions", [(), COMPACT], ids=["absolute", "compact"])
+def test_200_mixed_requests_equal_dense(llama, llama_answers, positions):
+    with ServerProcess(llama, *TOKEN_SERVER, *WHOLE, *TIGHT, *positions, env=RETRACT) as server:
+        with Aborts(server, REQUESTS[:12]) as aborts:
+            answers = generate(server, REQUESTS, concurrency=24)
+        log, counters = server.log_path.read_text(), server.counters()
+    assert answers == llama_answers
+    assert counters["votes"] == counters["block_votes"] == 0
+    assert aborts.count > 0
+    assert re.search(r"#retracted_reqs: [1-9]", log)
+    assert re.search(r"#cached-token: [1-9]", log)
+
+
+@pytest.mark.parametrize("positions", [(), COMPACT], ids=["absolute", "compact"])
+@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3"])
+def test_other_architectures_equal_dense(tmp_path_factory, architecture, positions):
+    model = write_model(tmp_path_factory.mktemp(architecture), architecture)
+    requests = REQUESTS[:40]
+    with ServerProcess(model, *TOKEN_SERVER, *WHOLE, "--chunked-prefill-size", "96", *positions) as server:
+        assert generate(server, requests, concurrency=8) == dense_answers(model, requests)

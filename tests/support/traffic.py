@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed traffic for a server: lengths, shared prefixes, concurrency, aborts. Seeded."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from sglang_tokenselect.server_process import ServerProcess
+
+# Flags of servers in these tests: token ids in and out, a tiny model in float32.
+TOKEN_SERVER = ("--device", "cpu", "--max-total-tokens", "40000", "--dtype", "float32", "--skip-tokenizer-init", "--grammar-backend", "none", "--random-seed", "0")
+
+
+@dataclass(frozen=True)
+class Request:
+    input_ids: list[int]
+    max_new_tokens: int
+
+
+def mixed_requests(count: int, *, longest: int, vocab_size: int = 512, seed: int = 0) -> list[Request]:
+    """Prompts of 1 to `longest` tokens; two of three continue one of a few shared prefixes."""
+    rng = random.Random(seed)
+    stems = [_tokens(rng, longest // 2, vocab_size) for _ in range(4)]
+    requests = []
+    for _ in range(count):
+        stem = rng.choice([*stems, *stems, [], [], [], []])
+        stem = stem[: rng.randint(0, len(stem))]
+        tail = _tokens(rng, rng.choice([1, 2, 7, rng.randint(1, longest // 2)]), vocab_size)
+        requests.append(Request(stem + tail, rng.choice([1, 2, rng.randint(3, 24)])))
+    return requests
+
+
+def generate(server: ServerProcess, requests: list[Request], *, concurrency: int) -> list[list[int]]:
+    """Greedy output ids of each request, with up to `concurrency` in flight."""
+    with ThreadPoolExecutor(concurrency) as pool:
+        return list(pool.map(lambda request: ask(server, request), requests))
+
+
+def ask(server: ServerProcess, request: Request, **fields) -> list[int]:
+    sampling = {"temperature": 0.0, "max_new_tokens": request.max_new_tokens, "ignore_eos": True}
+    payload = {"input_ids": request.input_ids, "sampling_params": sampling, **fields}
+    return server.post("/generate", payload)["output_ids"]
+
+
+class Aborts:
+    """Requests that are started and aborted while others run; `count` says how many ended early."""
+
+    def __init__(self, server: ServerProcess, requests: list[Request], pause: float = 0.3) -> None:
+        self._server, self._requests, self._pause = server, requests, pause
+        self._thread = threading.Thread(target=self._run)
+        self.count = 0
+
+    def __enter__(self) -> Aborts:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        for number, request in enumerate(self._requests):
+            rid = f"abort-{number}"
+            with ThreadPoolExecutor(1) as pool:
+                running = pool.submit(ask, self._server, Request(request.input_ids, 400), rid=rid)
+                time.sleep(self._pause)
+                self._server.post_text("/abort_request", {"rid": rid})
+                self.count += len(running.result()) < 400
+
+
+def _tokens(rng: random.Random, count: int, vocab_size: int) -> list[int]:
+    return [rng.randrange(3, vocab_size) for _ in range(count)]
