@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answer accuracy of the needle checkpoint through real SGLang servers on the CPU, one policy after the other.
+
+    python -m bench.needle.serve --lengths 8192 16384 32768 65536 --csv bench/results/needle_servers.csv
+
+Each context hides 24 keys and 2 chains; each is asked for 8 numbers, 4 times 4 numbers, and the variables
+of both chains. Its questions share it through the radix cache. Seeds are held out from training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from sglang_tokenselect.demo_questions import token_counter
+from sglang_tokenselect.needle import checkpoint_path, tasks
+from sglang_tokenselect.needle_server import needle_server
+from sglang_tokenselect.server_process import ServerProcess
+
+POLICIES = {
+    "tokenselect": ("tokenselect", ()),
+    # As many tokens as tokenselect attends to, none of them chosen.
+    "window": ("tokenselect", ("--tokenselect-budget", "0", "--tokenselect-local", "576")),
+    "dense": ("torch_native", ()),
+}
+QUESTION_ROOM = 100
+MAX_NEW_TOKENS = 64
+COLUMNS = ("commit", "cpu", "sglang", "torch", "policy", "task", "tokens", "seed", "questions", "score", "attended", "seconds")
+
+
+def samples_of(length: int, seed: int, count_tokens) -> list[tasks.Sample]:
+    context = tasks.make_context(
+        tasks.held_out(1_000_000 * seed + length),
+        length - QUESTION_ROOM,
+        count_tokens=count_tokens,
+        num_needles=24,
+        num_chains=2,
+        haystack="noise" if seed % 2 else "sentences",
+    )
+    needles, chains = context.facts.needles, context.facts.chains
+    several = [tasks.ask_numbers(context, needles[i : i + 4]) for i in range(8, 24, 4)]
+    return [*(tasks.ask_number(context, needle) for needle in needles[:8]), *several, *(tasks.ask_variables(context, chain) for chain in chains)]
+
+
+def ask(server: ServerProcess, sample: tasks.Sample) -> float:
+    sampling = {"temperature": 0.0, "max_new_tokens": MAX_NEW_TOKENS, "stop": ["\n", "."]}
+    answer = server.post("/generate", {"text": sample.prompt, "sampling_params": sampling})
+    return tasks.score(answer["text"], sample.answers)
+
+
+def measure(server: ServerProcess, policy: str, length: int, seed: int, count_tokens) -> Iterator[dict]:
+    """One row per task. `seconds` is the time of the task's questions; the first pays for the prefill."""
+    by_task = defaultdict(list)
+    for sample in samples_of(length, seed, count_tokens):
+        by_task[sample.task].append(sample)
+    for task, samples in by_task.items():
+        before = server.counters() if policy != "dense" else None
+        begin = time.monotonic()
+        scores = [ask(server, sample) for sample in samples]
+        seconds = time.monotonic() - begin
+        yield {
+            "policy": policy,
+            "task": task,
+            "tokens": length,
+            "seed": seed,
+            "questions": len(samples),
+            "score": f"{sum(scores) / len(scores):.4f}",
+            "attended": attended(before, server.counters()) if before else "all",
+            "seconds": f"{seconds:.1f}",
+        }
+
+
+def attended(before: dict[str, int], after: dict[str, int]) -> int:
+    """Tokens per decode step, mean."""
+    steps = after["decode_queries"] - before["decode_queries"]
+    return round((after["attended_tokens"] - before["attended_tokens"]) / max(steps, 1))
+
+
+def setting() -> dict[str, str]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), "")
+    return {"commit": commit.strip(), "cpu": cpu or platform.machine(), "sglang": version("sglang"), "torch": version("torch")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--csv", type=Path, required=True)
+    options = parser.parse_args()
+    count_tokens, common = token_counter(checkpoint_path()), setting()
+    with options.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for policy in options.policies:
+            backend, flags = POLICIES[policy]
+            server = needle_server(backend)
+            server.command += flags
+            with server:
+                for length in options.lengths:
+                    for seed in options.seeds:
+                        for row in measure(server, policy, length, seed, count_tokens):
+                            writer.writerow({**common, **row})
+                            file.flush()
+                            print(*row.values(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
