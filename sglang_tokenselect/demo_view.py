@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Header, width without a terminal, justification.
 COLUMNS = (
     ("length", 6, "right"),
-    ("asked for", 24, "left"),
+    ("asked for", 26, "left"),
     ("expected", 14, "left"),
     ("tokenselect", 22, "left"),
     ("attended", 12, "right"),
