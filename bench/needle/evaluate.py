@@ -14,7 +14,7 @@ import argparse
 import csv
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,36 +123,44 @@ def _run_job(job: Job) -> list[dict]:
     return _evaluator.run(job)
 
 
-def run_jobs(jobs: list[Job], checkpoint: Path, device: str, processes: int) -> list[dict]:
-    """Longest first, in several processes: one stream of small kernels leaves a GPU mostly idle."""
+def run_jobs(jobs: list[Job], checkpoint: Path, device: str, processes: int) -> Iterator[dict]:
+    """Rows as they come. Longest first, in several processes: one leaves a GPU mostly idle."""
     jobs = sorted(jobs, key=lambda job: -job.tokens)
     context = torch.multiprocessing.get_context("spawn")
     with context.Pool(processes, _start_worker, (checkpoint, device)) as pool:
-        rows = [row for rows in pool.imap_unordered(_run_job, jobs, chunksize=1) for row in rows]
-    return sorted(rows, key=lambda row: (row["policy"], row["config"], row["tokens"], row["task"], row["seed"]))
+        for rows in pool.imap_unordered(_run_job, jobs, chunksize=1):
+            yield from rows
 
 
 def print_table(rows: list[dict]) -> None:
     """Mean score over seeds: a line per config and task, a column per length."""
-    lengths = sorted({row["tokens"] for row in rows})
+    lengths = sorted({int(row["tokens"]) for row in rows})
     width = max(len(row["config"]) for row in rows)
     print(f"{'config':{width}} {'task':18}" + "".join(f"{n:>8}" for n in lengths))
-    for policy, config in dict.fromkeys((row["policy"], row["config"]) for row in rows):
-        mine = [row for row in rows if (row["policy"], row["config"]) == (policy, config)]
+    for config in sorted({row["config"] for row in rows}):
         for task in (*tasks.TASKS, "mean"):
-            cells = [[r["score"] for r in mine if task in (r["task"], "mean") and r["tokens"] == n] for n in lengths]
-            scores = "".join(f"{sum(cell) / len(cell):8.3f}" if cell else f"{'':8}" for cell in cells)
-            print(f"{config:{width}} {task:18}{scores}", flush=True)
+            cells: dict[int, list[float]] = {}
+            for row in rows:
+                if row["config"] == config and task in (row["task"], "mean"):
+                    cells.setdefault(int(row["tokens"]), []).append(float(row["score"]))
+            scores = (f"{sum(cells[n]) / len(cells[n]):8.3f}" if n in cells else " " * 8 for n in lengths)
+            print(f"{config:{width}} {task:18}" + "".join(scores), flush=True)
 
 
-def write_csv(path: Path, rows: list[dict], commit: str, device: str) -> None:
+def write_csv(path: Path, rows: Iterable[dict], commit: str, device: str) -> list[dict]:
+    """Writes rows as they come and returns them all."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else "none"
     machine = {"commit": commit, "gpu": gpu, "torch": torch.__version__}
     path.parent.mkdir(parents=True, exist_ok=True)
+    written = []
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(machine | row | {"score": round(row["score"], 4)} for row in rows)
+        for row in rows:
+            writer.writerow(machine | row | {"score": round(row["score"], 4)})
+            file.flush()
+            written.append(row)
+    return written
 
 
 def head_commit() -> str:
@@ -160,17 +168,25 @@ def head_commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=checkpoint_path())
-    parser.add_argument("--lengths", type=int, nargs="+", required=True)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--policies", nargs="+", type=parse_policy, default=[Policy("dense")])
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--questions", type=int, default=8, help="per task, length and seed")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--commit", default=None, help="where the working tree has no .git")
-    args = parser.parse_args()
+    parser.add_argument("--csv", type=Path, default=Path("bench/results/needle_torch.csv"))
+    parser.add_argument("--show", action="store_true", help="only print the table of the CSV file")
+    parser.add_argument("--commit", help="for a working tree without .git")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.show:
+        with args.csv.open(newline="") as file:
+            return print_table(list(csv.DictReader(file)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     jobs = [
         Job(tokens, policy, seed, args.questions)
@@ -179,9 +195,7 @@ def main() -> None:
         for seed in range(args.seeds)
     ]
     rows = run_jobs(jobs, args.checkpoint, device, args.processes)
-    print_table(rows)
-    if args.csv:
-        write_csv(args.csv, rows, args.commit or head_commit(), device)
+    print_table(write_csv(args.csv, rows, args.commit or head_commit(), device))
 
 
 if __name__ == "__main__":

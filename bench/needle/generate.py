@@ -124,7 +124,9 @@ class Request:
         return attend_positions(query, kv, positions, scaling=self.scaling, rope=self._compact_rope)
 
     def _attend_decode(self, layer: int, query: Tensor, window: Window) -> Tensor:
-        ranked = select_for_query(query[0], self._kv(layer, self.length), window, rope=self._compact_rope)
+        ranked = self.slots[:0]
+        if window.budget:
+            ranked = select_for_query(query[0], self._kv(layer, self.length), window, rope=self._compact_rope)
         return self._over(layer, query, window.positions(ranked, self.length), self.length)
 
     def _attend_blocks(self, layer: int, query: Tensor, window: Window) -> Tensor:
@@ -133,10 +135,11 @@ class Request:
         out = [self._over(layer, query[: sparse - start], slice(0, sparse), sparse)] if sparse > start else []
         candidates = self._kv(layer, end).keys(slice(window.num_sink, end))
         for lo, hi in cut_blocks(sparse, end, policy.block):
-            block = query[lo - start : hi - start]
-            ranked = select_for_block(
-                block, candidates, lo, window, sub_block=policy.sub_block, rope=self._compact_rope
-            )
+            block, ranked = query[lo - start : hi - start], self.slots[:0]
+            if window.budget:
+                ranked = select_for_block(
+                    block, candidates, lo, window, sub_block=policy.sub_block, rope=self._compact_rope
+                )
             attended = torch.cat([window.positions(ranked, lo), self.slots[lo:hi]])
             out.append(self._over(layer, block, attended, hi))
         return torch.cat(out)

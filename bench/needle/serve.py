@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import platform
+import os
 import subprocess
 import time
 from collections import defaultdict
@@ -32,7 +32,20 @@ POLICIES = {
 }
 QUESTION_ROOM = 100
 MAX_NEW_TOKENS = 64
-COLUMNS = ("commit", "cpu", "sglang", "torch", "policy", "task", "tokens", "seed", "questions", "score", "attended", "seconds")
+COLUMNS = (
+    "commit",
+    "cpu",
+    "sglang",
+    "torch",
+    "policy",
+    "task",
+    "tokens",
+    "seed",
+    "questions",
+    "score",
+    "attended",
+    "seconds",
+)
 
 
 def samples_of(length: int, seed: int, count_tokens) -> list[tasks.Sample]:
@@ -46,7 +59,11 @@ def samples_of(length: int, seed: int, count_tokens) -> list[tasks.Sample]:
     )
     needles, chains = context.facts.needles, context.facts.chains
     several = [tasks.ask_numbers(context, needles[i : i + 4]) for i in range(8, 24, 4)]
-    return [*(tasks.ask_number(context, needle) for needle in needles[:8]), *several, *(tasks.ask_variables(context, chain) for chain in chains)]
+    return [
+        *(tasks.ask_number(context, needle) for needle in needles[:8]),
+        *several,
+        *(tasks.ask_variables(context, chain) for chain in chains),
+    ]
 
 
 def ask(server: ServerProcess, sample: tasks.Sample) -> float:
@@ -85,8 +102,14 @@ def attended(before: dict[str, int], after: dict[str, int]) -> int:
 
 def setting() -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), "")
-    return {"commit": commit.strip(), "cpu": cpu or platform.machine(), "sglang": version("sglang"), "torch": version("torch")}
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpu = f"{os.cpu_count()} x {models[0].split(':')[1].strip()}"
+    return {
+        "commit": commit.strip(),
+        "cpu": cpu,
+        "sglang": version("sglang"),
+        "torch": version("torch"),
+    }
 
 
 def main() -> None:

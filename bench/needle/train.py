@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the needle checkpoint on one GPU within a given number of seconds.
 
-    python -m bench.needle.train --out OUT --seconds 420 --rope-theta 5000
+python -m bench.needle.train --out OUT --seconds 420 --rope-theta 5000
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def main() -> None:
     )
     model.init_weights()
     if args.resume:
-        model.load_state_dict(torch.load(args.resume))
+        model.load_state_dict(torch.load(args.resume, weights_only=True))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, rope theta {args.rope_theta:g}", flush=True)
     stage = multiprocessing.Value("i", args.longest if args.resume else LENGTHS[0])
     lengths = tuple(n for n in LENGTHS if n <= args.longest)

@@ -237,12 +237,13 @@ def _ask(context: Context, asked: str, needles: Sequence[Needle], task: Task) ->
 
 
 def ask_variables(context: Context, chain: Chain) -> Sample:
-    """All variables of a chain, in its order."""
+    """All variables of a chain, in its order. The answer repeats the value before them."""
     question = (
         f"\nWhich variables are assigned the value {chain.value} in the provided text?\n"
-        f"Answer: The variables assigned {chain.value}"
+        "Answer: The variables assigned the value"
     )
-    return Sample(context, question, chain.names, f" are {', '.join(chain.names)}.", "variable_tracking")
+    completion = f" {chain.value} are {', '.join(chain.names)}."
+    return Sample(context, question, chain.names, completion, "variable_tracking")
 
 
 def questions(context: Context, *, keys_per_question: int = 1) -> list[Sample]:

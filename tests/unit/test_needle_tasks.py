@@ -127,7 +127,7 @@ def test_refusals(count_tokens, arguments, message):
 
 def test_tokenizer_gives_back_any_text(tokenizer):
     rng = random.Random(0)
-    drawn = ("".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(1, 0xD800)))) for _ in range(60)))
+    drawn = "".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(1, 0xD800)))) for _ in range(60))
     for text in (*TEXTS, drawn):
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
