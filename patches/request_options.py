@@ -18,7 +18,9 @@ def _refuse_options(original: Any, manager: Any, obj: Any, *args: Any, **kwargs:
     params = getattr(obj, "sampling_params", None) or {}
     custom = params.get("custom_params") if isinstance(params, dict) else None
     if isinstance(custom, dict) and KEY in custom:
-        raise ValueError(f"custom_params: expected no {KEY!r} (options per request are not served yet), got {custom[KEY]!r}")
+        raise ValueError(
+            f"custom_params: expected no {KEY!r} (options per request are not served yet), got {custom[KEY]!r}"
+        )
     return original(manager, obj, *args, **kwargs)
 
 

@@ -20,7 +20,9 @@ from sglang_tokenselect.refusals import Refusal
 class UnrotatedEmbedding(nn.Module):
     """Stands in for a rotary module and returns its inputs."""
 
-    def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return query, key
 
 
@@ -39,7 +41,9 @@ def take_over_rope(model: nn.Module) -> dict[int, Rope]:
         if isinstance(getattr(module, "attn", None), RadixAttention) and hasattr(module, "rotary_emb")
     }
     if layer_ids != set(parents):
-        raise Refusal("positions=compact", "a rotary embedding in every attention layer", f"none in {layer_ids - set(parents)}")
+        raise Refusal(
+            "positions=compact", "a rotary embedding in every attention layer", f"none in {layer_ids - set(parents)}"
+        )
     ropes = {layer_id: _plain_rope(parent.rotary_emb) for layer_id, parent in parents.items()}
     for parent in parents.values():
         parent.rotary_emb = UnrotatedEmbedding()

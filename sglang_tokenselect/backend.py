@@ -38,7 +38,6 @@ class TokenSelectAttnBackend(AttentionBackend):
         install.verify()
         self.config = flags.attached(model_runner.server_args)
         refusals.check_server_args(model_runner.server_args, self.config)
-        refusals.check_device(model_runner.device)
         refusals.check_model(model_runner.model_config, self.config)
         chunk_alignment.align_chunks_to(self.config.block)
         self._token_to_kv_pool = model_runner.token_to_kv_pool

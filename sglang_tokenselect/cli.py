@@ -65,7 +65,7 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
         "--lengths",
         type=parse_lengths,
         default=DEFAULT_LENGTHS,
-        help="tokens of each context with a question (default: %s)" % ",".join(map(str, DEFAULT_LENGTHS)),
+        help=f"tokens of each context with a question (default: {','.join(map(str, DEFAULT_LENGTHS))})",
     )
     parser.add_argument(
         "--questions", type=parse_within(QUESTIONS), default=4, help="about each context (default: %(default)s)"

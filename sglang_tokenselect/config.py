@@ -54,7 +54,9 @@ class TokenSelectConfig:
             raise ConfigError("sub_block", f"a divisor of block={self.block}", self.sub_block)
         if self.is_compact and self.dense_layers:
             raise ConfigError(
-                "dense_layers", "none with positions=compact (a dense layer has no compact positions)", self.dense_layers
+                "dense_layers",
+                "none with positions=compact (a dense layer has no compact positions)",
+                self.dense_layers,
             )
 
     @property

@@ -63,7 +63,7 @@ class TorchCpuPlatform(CpuSRTPlatform):
 
     def get_kv_pool_cls(self, *, kind: str) -> None:
         """The KV pool of newer SGLang: None is the in-tree one."""
-        return None
+        return
 
     def get_paged_allocator_cls(self) -> type:
         """SGLang 0.5.17 asks for it also at page size 1, the only one that this platform serves."""

@@ -79,7 +79,7 @@ def _parser_of(name: str, default: Any) -> Any:
 
 def _metavar(option: Any) -> str:
     choices = option.metadata.get("choices")
-    return "{%s}" % ",".join(choices) if choices else option.name.upper()
+    return f"{{{','.join(choices)}}}" if choices else option.name.upper()
 
 
 def _shown(default: Any) -> str:

@@ -15,6 +15,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 # ServerArgs field: (the only values served, what the others would need). None means "not set".
 _SERVED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "device": ((None, "cpu"), "the kernels for GPUs are not in this version"),
     "prefill_attention_backend": ((None, BACKEND), "both phases run in one backend"),
     "decode_attention_backend": ((None, BACKEND), "both phases run in one backend"),
     "speculative_algorithm": ((None, "NONE"), "draft and verify steps have no selection yet"),
@@ -54,7 +55,9 @@ def check_server_args(server_args: Any, config: TokenSelectConfig, *, options_gi
     """
     if not _asks_for_backend(server_args):
         if options_given:
-            raise Refusal("attention_backend", f"{BACKEND!r}, since its options are given", server_args.attention_backend)
+            raise Refusal(
+                "attention_backend", f"{BACKEND!r}, since its options are given", server_args.attention_backend
+            )
         return
     if server_args.attention_backend != BACKEND:
         reason = "both phases run in one backend"
@@ -64,12 +67,6 @@ def check_server_args(server_args: Any, config: TokenSelectConfig, *, options_gi
         if value not in served:
             raise Refusal(name, " or ".join(map(repr, served)), repr(value), reason)
     _check_chunks(getattr(server_args, "chunked_prefill_size", None), config)
-
-
-def check_device(device: str) -> None:
-    """Refuses accelerators, which the runner in plain PyTorch would serve very slowly."""
-    if device != "cpu":
-        raise Refusal("device", "'cpu'", repr(device), "the kernels for GPUs are not in this version")
 
 
 def check_model(model_config: ModelConfig, config: TokenSelectConfig) -> None:
@@ -109,7 +106,9 @@ def _unserved_kind(model_config: Any, hf_config: Any) -> str | None:
         return "an encoder or embedding model does not decode"
     if model_config.is_multimodal:
         return "a multimodal model"
-    if any(getattr(hf_config, name, None) for name in ("linear_num_value_heads", "mamba_d_state", "linear_attn_config")):
+    if any(
+        getattr(hf_config, name, None) for name in ("linear_num_value_heads", "mamba_d_state", "linear_attn_config")
+    ):
         return "a hybrid with linear attention keeps a state, not keys"
     if getattr(hf_config, "use_sliding_window", False):
         return "sliding-window layers"
@@ -123,4 +122,6 @@ def _check_compact(hf_config: Any, config: TokenSelectConfig) -> None:
         raise Refusal("positions=compact", "a plain RoPE (no scaling)", f"rope_type={kind}")
     longest, trained = config.window.size + config.block, hf_config.max_position_embeddings
     if longest > trained:
-        raise Refusal("sink + budget + local + block", f"at most the trained length {trained} with compact positions", longest)
+        raise Refusal(
+            "sink + budget + local + block", f"at most the trained length {trained} with compact positions", longest
+        )

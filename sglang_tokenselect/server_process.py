@@ -77,7 +77,9 @@ class ServerProcess:
         while not self._is_ready():
             waited = time.monotonic() - begin
             if self._process.poll() is not None or waited > timeout:
-                raise RuntimeError(f"server not ready after {waited:.0f} s: {' '.join(self.command)}\n{self.log_tail()}")
+                raise RuntimeError(
+                    f"server not ready after {waited:.0f} s: {' '.join(self.command)}\n{self.log_tail()}"
+                )
             if on_wait is not None:
                 on_wait(waited)
             time.sleep(1.0)

@@ -144,9 +144,7 @@ class TorchRunner:
 
     def _attend(self, query: torch.Tensor, kv: RequestKV, positions, layer: LayerInput) -> torch.Tensor:
         rope = self._ropes.get(layer.layer_id)
-        return attend_positions(
-            query, kv, positions, scaling=layer.scaling, logit_cap=layer.logit_cap, rope=rope
-        )
+        return attend_positions(query, kv, positions, scaling=layer.scaling, logit_cap=layer.logit_cap, rope=rope)
 
     def _is_dense(self, layer: LayerInput) -> bool:
         return layer.layer_id in self.config.dense_layers

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 
-from .kv import RequestKV
 from .positions import Rope
 from .vote import rank_candidates, soft_vote
 from .window import Window

@@ -52,10 +52,15 @@ def test_200_mixed_requests_equal_dense(llama, llama_answers, positions):
     assert re.search(r"#cached-token: [1-9]", log)
 
 
+@pytest.fixture(scope="module", params=["Qwen2", "Qwen3"])
+def qwen(request, tmp_path_factory):
+    """A model of the architecture, and what dense attention answers with it."""
+    model = write_model(tmp_path_factory.mktemp(request.param), request.param)
+    return model, dense_answers(model, REQUESTS[:40])
+
+
 @pytest.mark.parametrize("positions", [(), COMPACT], ids=["absolute", "compact"])
-@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3"])
-def test_other_architectures_equal_dense(tmp_path_factory, architecture, positions):
-    model = write_model(tmp_path_factory.mktemp(architecture), architecture)
-    requests = REQUESTS[:40]
+def test_qwen_equals_dense(qwen, positions):
+    model, expected = qwen
     with ServerProcess(model, *TOKEN_SERVER, *WHOLE, "--chunked-prefill-size", "96", *positions) as server:
-        assert generate(server, requests, concurrency=8) == dense_answers(model, requests)
+        assert generate(server, REQUESTS[:40], concurrency=8) == expected

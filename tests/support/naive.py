@@ -44,7 +44,9 @@ def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
     return out
 
 
-def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, cap: float = 0.0) -> torch.Tensor:
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, cap: float = 0.0
+) -> torch.Tensor:
     """One query [H, d] over keys and values [t, H_kv, d]."""
     group = query.shape[0] // keys.shape[1]
     out = torch.zeros(query.shape, dtype=torch.float64)

@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from sglang_tokenselect.server_process import ServerProcess
 
 # Flags of servers in these tests: token ids in and out, a tiny model in float32.
-TOKEN_SERVER = ("--device", "cpu", "--max-total-tokens", "40000", "--dtype", "float32", "--skip-tokenizer-init", "--grammar-backend", "none", "--random-seed", "0")
+TOKEN_SERVER = (
+    "--device",
+    "cpu",
+    "--max-total-tokens",
+    "40000",
+    "--dtype",
+    "float32",
+    "--skip-tokenizer-init",
+    "--grammar-backend",
+    "none",
+    "--random-seed",
+    "0",
+)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-
 import naive
 import pytest
 import torch

@@ -87,7 +87,10 @@ def test_a_request_does_not_see_its_neighbours(positions):
     for row, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
         assert torch.equal(alone.forward((row, 0, part(prompt, 0, n)))[0], outs[row])
     for step in range(3):
-        parts = [(row, n + step, part(p, n + step, n + step + 1)) for row, (p, n) in enumerate(zip(prompts, lengths, strict=True))]
+        parts = [
+            (row, n + step, part(p, n + step, n + step + 1))
+            for row, (p, n) in enumerate(zip(prompts, lengths, strict=True))
+        ]
         outs = together.forward(*parts, is_decode=True)
         for (row, start, new), out in zip(parts, outs, strict=True):
             assert torch.equal(alone.decode(row, start, new), out)
