@@ -43,9 +43,12 @@ class TorchCpuPlatform(CpuSRTPlatform):
     _enum = PlatformEnum.OOT
 
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
-        """No graphs, whatever the flags say, and a KV pool that leaves most of the host's memory alone."""
+        """No graphs, whatever the flags say; a KV pool and threads that leave the host to others too."""
         from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 
+        # Read by the processes that SGLang starts next. OpenMP's threads else spin while they wait, which
+        # costs ten times the time where the engine's processes share few cores.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         disabled = PhaseConfig(backend=Backend.DISABLED)
         server_args.disable_cuda_graph = True
         if server_args.mem_fraction_static is None:
