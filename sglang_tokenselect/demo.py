@@ -121,7 +121,7 @@ def run_demo(options: DemoOptions) -> int:
     if not (checkpoint / "model.safetensors").is_file():
         raise SystemExit(f"checkpoint: expected model.safetensors in {checkpoint}, got no such file")
     console, rows = Console(), []
-    servers = {name: needle_server(backend, checkpoint) for name, backend in BACKENDS.items()}
+    servers = {name: needle_server(backend, model_path=checkpoint) for name, backend in BACKENDS.items()}
     try:
         with stopped_at_end(servers, console), open_view(console) as view:
             start(servers, view)

@@ -131,17 +131,17 @@ def cells(row: Row) -> list[str]:
         f"{row.length:,}",
         row.question,
         ", ".join(row.expected),
-        verdict(sparse),
+        verdict(sparse, row.task),
         attended,
         f"{sparse.seconds:.1f} s",
-        verdict(dense),
+        verdict(dense, row.task),
         f"{dense.seconds:.1f} s",
     ]
 
 
-def verdict(answer: Answer) -> str:
-    """Right or wrong, and the numbers or variables in the answer; its text where there are none."""
-    found = re.findall(r"\b(?:\d{6}|[A-Z]{3})\b", answer.text)
+def verdict(answer: Answer, task: str) -> str:
+    """Right or wrong, and the variables or numbers in the answer; its text where there are none."""
+    found = re.findall(r"\b[A-Z]{3}\b" if task == "variable_tracking" else r"\b\d{6}\b", answer.text)
     said = ", ".join(found) or answer.text
     if len(said) > SAID_WIDTH:
         said = said[: SAID_WIDTH - 1] + "…"

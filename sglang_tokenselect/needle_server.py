@@ -42,14 +42,16 @@ SERVER_ENV = {
 }
 
 
-def needle_server(backend: str = "tokenselect", model_path: Path | None = None) -> ServerProcess:
+def needle_server(backend: str = "tokenselect", *flags: str, model_path: Path | None = None) -> ServerProcess:
     """A server that is not started yet.
 
     Args:
         backend: `tokenselect` or `torch_native`, which is dense.
+        flags: more flags of sglang.launch_server; they win over SERVER_FLAGS.
         model_path: another checkpoint of this architecture and tokenizer.
     """
-    return ServerProcess(model_path or checkpoint_path(), *SERVER_FLAGS[backend], backend=backend, env=SERVER_ENV)
+    checkpoint = model_path or checkpoint_path()
+    return ServerProcess(checkpoint, *SERVER_FLAGS[backend], *flags, backend=backend, env=SERVER_ENV)
 
 
 def main() -> None:

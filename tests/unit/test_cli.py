@@ -106,16 +106,16 @@ def test_cells_say_right_and_wrong_in_words():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("task", "text", "said"),
     [
-        ("for amber is 123456, for cedar is 234567", "123456, 234567"),
-        ("BAX, KIP, ROZ", "BAX, KIP, ROZ"),
-        ("is is is is is is", "is is is is i…"),
-        ("", ""),
+        ("multi_query", "for amber is 123456, for cedar is 234567", "123456, 234567"),
+        ("variable_tracking", "123456 are BAX, KIP, ROZ", "BAX, KIP, ROZ"),
+        ("multi_key", "is is is is is is", "is is is is i…"),
+        ("multi_key", "", ""),
     ],
 )
-def test_verdict_shows_values_or_else_the_text(text, said):
-    assert demo_view.verdict(replace(WRONG, text=text)) == f"✗ wrong {said}"
+def test_verdict_shows_what_was_asked_for_or_else_the_text(task, text, said):
+    assert demo_view.verdict(replace(WRONG, text=text), task) == f"✗ wrong {said}"
 
 
 def test_without_a_terminal_rows_are_plain_lines():
