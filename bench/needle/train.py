@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rope-theta", type=float, default=5000)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--intermediate", type=int, default=384)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--tokens", type=int, default=65536, help="tokens of a step")
     parser.add_argument("--workers", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
