@@ -90,7 +90,7 @@ class Asker:
             prompt=sample.prompt,
             temperature=0,
             max_tokens=self._count_tokens(sample.completion) + 4,
-            stop=["\n", "."],
+            stop=["\n"],
         )
         seconds = time.monotonic() - begin
         after = self._server.counters() if has_counters else {}

@@ -142,7 +142,7 @@ def cells(row: Row) -> list[str]:
 def verdict(answer: Answer, task: str) -> str:
     """Right or wrong, and the variables or numbers in the answer; its text where there are none."""
     found = re.findall(r"\b[A-Z]{3}\b" if task == "variable_tracking" else r"\b\d{6}\b", answer.text)
-    said = ", ".join(found) or answer.text
+    said = ", ".join(found) or answer.text or "(nothing)"
     if len(said) > SAID_WIDTH:
         said = said[: SAID_WIDTH - 1] + "…"
     return f"{'✓ right' if answer.is_right else '✗ wrong'} {said}"

@@ -111,7 +111,7 @@ def test_cells_say_right_and_wrong_in_words():
         ("multi_query", "for amber is 123456, for cedar is 234567", "123456, 234567"),
         ("variable_tracking", "123456 are BAX, KIP, ROZ", "BAX, KIP, ROZ"),
         ("multi_key", "is is is is is is", "is is is is i…"),
-        ("multi_key", "", ""),
+        ("multi_key", "", "(nothing)"),
     ],
 )
 def test_verdict_shows_what_was_asked_for_or_else_the_text(task, text, said):
