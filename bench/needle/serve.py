@@ -125,9 +125,7 @@ def main() -> None:
         writer.writeheader()
         for policy in options.policies:
             backend, flags = POLICIES[policy]
-            server = needle_server(backend)
-            server.command += flags
-            with server:
+            with needle_server(backend, *flags) as server:
                 for length in options.lengths:
                     for seed in options.seeds:
                         for row in measure(server, policy, length, seed, count_tokens):

@@ -81,8 +81,19 @@ def test_versions_of_the_range_pass(version, monkeypatch):
     compat.check_sglang_version()
 
 
+def test_the_platform_may_be_asked_while_sglang_is_imported():
+    """Seen on a GPU machine: SGLang looks for platforms in the middle of its own import."""
+    code = "from sglang_tokenselect.cpu_platform import activate; print(activate()); import sglang.srt.platforms"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "partially initialized" not in done.stderr
+    assert done.stdout.strip() == cpu_platform.PLATFORM
+    from sglang.srt.platforms import current_platform
+
+    assert f"{type(current_platform).__module__}.{type(current_platform).__name__}" == cpu_platform.PLATFORM
+
+
 def test_the_platform_steps_aside(monkeypatch):
-    assert cpu_platform.activate() == "sglang_tokenselect.cpu_platform.TorchCpuPlatform"
+    assert cpu_platform.activate() == cpu_platform.PLATFORM
     with monkeypatch.context() as patch:
         patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
         assert cpu_platform.activate() is None
