@@ -26,7 +26,7 @@ COMMON_FLAGS = (
 TOKENSELECT_FLAGS = (
     *("--tokenselect-positions", "compact"),
     *("--tokenselect-sink", "64", "--tokenselect-budget", "448", "--tokenselect-local", "128"),
-    *("--tokenselect-block", "128", "--tokenselect-sub-block", "16", "--chunked-prefill-size", "4096"),
+    *("--tokenselect-block", "128", "--tokenselect-sub-block", "4", "--chunked-prefill-size", "4096"),
 )
 # In one chunk, since torch_native computes the whole prefix anew for each.
 DENSE_FLAGS = ("--chunked-prefill-size", "-1")
@@ -36,9 +36,6 @@ SERVER_ENV = {
     "CUDA_VISIBLE_DEVICES": "",  # on the CPU, on every machine
     "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # else the dense backend refuses the context length
     "HF_HUB_OFFLINE": "1",
-    # OpenMP's threads spin while they wait. With one more busy process on 2 cores a prefill of 16,384
-    # tokens took 37 to 57 s; 3 to 5 s where they sleep.
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
