@@ -3,8 +3,9 @@
 
     python -m bench.needle.serve --lengths 8192 16384 32768 65536 --csv bench/results/needle_servers.csv
 
-Each context hides 24 keys and 2 chains; each is asked for 8 numbers, 4 times 4 numbers, and the variables
-of both chains. Its questions share it through the radix cache. Seeds are held out from training.
+Each context hides 16 keys with one number, 2 keys with 4 numbers and 2 chains of 4 variables; it is asked
+for 4 single numbers, for both keys with 4, 3 times for 4 keys at once, and for both chains. Its questions
+share it through the radix cache. Seeds are held out from training. Rows are added to the file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import random
 import subprocess
 import time
 from collections import defaultdict
@@ -49,21 +51,19 @@ COLUMNS = (
 
 
 def samples_of(length: int, seed: int, count_tokens) -> list[tasks.Sample]:
+    held_out = tasks.held_out(1_000_000 * seed + length)
+    facts = tasks.draw_facts(random.Random(held_out), values_per_key=[1] * 16 + [4] * 2, names_per_chain=[4] * 2)
     context = tasks.make_context(
-        tasks.held_out(1_000_000 * seed + length),
+        held_out,
         length - QUESTION_ROOM,
         count_tokens=count_tokens,
-        num_needles=24,
-        num_chains=2,
         haystack="noise" if seed % 2 else "sentences",
+        facts=facts,
     )
-    needles, chains = context.facts.needles, context.facts.chains
-    several = [tasks.ask_numbers(context, needles[i : i + 4]) for i in range(8, 24, 4)]
-    return [
-        *(tasks.ask_number(context, needle) for needle in needles[:8]),
-        *several,
-        *(tasks.ask_variables(context, chain) for chain in chains),
-    ]
+    needles = facts.needles
+    asked = [tasks.ask_number(context, needle) for needle in (*needles[:4], *needles[16:])]
+    asked += [tasks.ask_numbers(context, needles[i : i + 4]) for i in (4, 8, 12)]
+    return asked + [tasks.ask_variables(context, chain) for chain in facts.chains]
 
 
 def ask(server: ServerProcess, sample: tasks.Sample) -> float:
@@ -120,9 +120,10 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True)
     options = parser.parse_args()
     count_tokens, common = token_counter(checkpoint_path()), setting()
-    with options.csv.open("w", newline="") as file:
+    with options.csv.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
+        if not file.tell():
+            writer.writeheader()
         for policy in options.policies:
             backend, flags = POLICIES[policy]
             with needle_server(backend, *flags) as server:

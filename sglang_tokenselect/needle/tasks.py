@@ -134,6 +134,7 @@ def make_context(
     hops: int = 3,
     haystack: Haystack = "sentences",
     depth: float | None = None,
+    facts: Facts | None = None,
 ) -> Context:
     """A context of at most ``num_tokens`` tokens, short of it by less than one sentence.
 
@@ -142,11 +143,12 @@ def make_context(
         num_needles: needle sentences; ``num_needles // values_per_key`` keys.
         num_chains: chains of ``hops + 1`` variables, besides the needles.
         depth: place of the first needle, 0 (start) to 1 (end); uniform if None, as all others are.
+        facts: what to hide, instead of facts drawn by the four sizes above.
     """
     if num_needles % values_per_key:
         raise ValueError(f"num_needles: expected a multiple of values_per_key={values_per_key}, got {num_needles}")
     rng = random.Random(seed)
-    facts = draw_facts(
+    facts = facts or draw_facts(
         rng,
         values_per_key=[values_per_key] * (num_needles // values_per_key),
         names_per_chain=[hops + 1] * num_chains,
