@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,7 +40,6 @@ class Hook:
 def _wrapped_by(function: Any) -> Iterator[Any]:
     """The hooks around `function`: SGLang keeps each in the closure of its wrapper."""
     while function is not None:
-        function = inspect.unwrap(function, stop=lambda f: bool(getattr(f, "__closure__", None)))
         function = getattr(function, "__func__", function)
         for cell in getattr(function, "__closure__", None) or ():
             yield cell.cell_contents
