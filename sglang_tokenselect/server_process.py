@@ -55,8 +55,11 @@ class ServerProcess:
             raise
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
+        """Ends the server. Its log stays only where something went wrong."""
         self.stop()
+        if exc_type is None:
+            self.log_path.unlink()
 
     def start(self) -> None:
         with self.log_path.open("wb") as log:
