@@ -112,13 +112,30 @@ def setting() -> dict[str, str]:
     }
 
 
+def show(rows: list[dict[str, str]]) -> None:
+    """Mean score per task, a line per policy and length; the number of questions in brackets."""
+    cells = defaultdict(list)
+    for row in rows:
+        cells[row["policy"], int(row["tokens"]), row["task"]] += [float(row["score"])] * int(row["questions"])
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    print(f"| policy | tokens | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
+    for policy, tokens in dict.fromkeys((policy, tokens) for policy, tokens, _ in cells):
+        scores = [cells[policy, tokens, name] for name in names]
+        means = [f"{sum(score) / len(score):.3f} ({len(score)})" for score in scores]
+        print(f"| {policy} | {tokens:,} | {' | '.join(means)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--show", action="store_true", help="only print the table of the CSV file")
     options = parser.parse_args()
+    if options.show:
+        with options.csv.open(newline="") as file:
+            return show(list(csv.DictReader(file)))
     count_tokens, common = token_counter(checkpoint_path()), setting()
     with options.csv.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

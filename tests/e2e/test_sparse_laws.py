@@ -38,6 +38,6 @@ def test_neighbours_chunks_and_the_way_not_to_reuse_change_nothing(tmp_path, pos
         answers, counters = generate(server, requests, concurrency=16), server.counters()
         log = server.log_path.read_text()
     assert answers == expected
-    assert re.search(r"#running-req: [4-9]", log), "the requests did not run side by side"
+    assert re.search(r"#running-req: ([2-9]|1\d)", log), "the requests did not run side by side"
     assert counters_alone["votes"] > 0 and counters_alone["block_votes"] > 0
     assert counters["reuses"] == counters_alone["reuses"] == 0
