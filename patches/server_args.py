@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
+import multiprocessing
 import os
 import sys
 from typing import Any
@@ -20,6 +22,7 @@ from sglang_tokenselect.config import ConfigError, TokenSelectConfig
 from .hook import Hook
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+_ENGINE = "sglang.srt.entrypoints.engine"
 _LONGER_CONTEXT = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 
 
@@ -41,8 +44,13 @@ def _attach_options(original: Any, cls: type, namespace: argparse.Namespace) -> 
 
 
 def accept_engine_keyword() -> None:
-    """Lets `sgl.Engine(tokenselect={...})` pass, where the engine is imported already."""
-    engine = sys.modules.get("sglang.srt.entrypoints.engine")
+    """Lets `sgl.Engine(tokenselect={...})` pass, also where plugins are loaded before the engine.
+
+    SGLang's own processes build no engine, so there it is not imported for this.
+    """
+    if multiprocessing.parent_process() is None:
+        importlib.import_module(_ENGINE)
+    engine = sys.modules.get(_ENGINE)
     if engine is None or getattr(engine.Engine.server_args_class, "accepts_tokenselect", False):
         return
     original = engine.Engine.server_args_class

@@ -55,6 +55,17 @@ def test_a_second_load_changes_nothing():
     assert "--tokenselect-budget" in parser.format_help()
 
 
+ENGINE_FIRST = "from sglang.srt.entrypoints.engine import Engine"
+PLUGINS_FIRST = f"from sglang.srt.plugins import load_plugins; load_plugins(); {ENGINE_FIRST}"
+
+
+@pytest.mark.parametrize("imports", [PLUGINS_FIRST, ENGINE_FIRST], ids=["plugins-first", "engine-first"])
+def test_the_engine_knows_the_keyword_in_either_order(imports):
+    code = f"{imports}\nEngine(model_path='/nowhere', attention_backend='tokenselect', tokenselect={{'budgte': 1}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ConfigError: tokenselect option: expected one of budget, " in done.stderr
+
+
 def test_all_hooks_are_applied_and_a_missing_one_is_named(monkeypatch):
     install.verify()
     lost = hook.Hook("sglang.srt.server_args.ServerArgs.no_such_method", "after", print)
