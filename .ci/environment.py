@@ -73,7 +73,9 @@ def build(folder: Path, wanted: list[str]) -> None:
     run(sys.executable, "-m", "venv", str(folder))
     python = str(folder / "bin" / "python")
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
-    uv = (str(folder / "bin" / "uv"), "pip", "install", "--python", python)
+    # Compiled here, as pip does it: SGLang imports thousands of modules in each of its processes, and
+    # where PYTHONDONTWRITEBYTECODE is set they would be compiled in every one.
+    uv = (str(folder / "bin" / "uv"), "pip", "install", "--compile-bytecode", "--python", python)
     if not (succeeds(*pip, "--quiet", "uv") and succeeds(*uv, *wanted)):
         say("uv is not to be had or failed (it does not read pip's settings); going on with pip")
         run(*pip, *wanted)
