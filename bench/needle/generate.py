@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.needle.model import NeedleLlama
-from sglang_tokenselect.kernels.reference.attention import attend_positions
-from sglang_tokenselect.kernels.reference.decode import select_for_query
-from sglang_tokenselect.kernels.reference.kv import RequestKV
+from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.kernels.reference.positions import Rope
-from sglang_tokenselect.kernels.reference.prefill import cut_blocks, first_sparse_position, select_for_block
 from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.planner import ForwardPlan, RequestPlan
+from sglang_tokenselect.torch_runner import LayerInput, TorchRunner
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,19 @@ class Policy:
             return self.name
         w = self.window
         return f"{w.num_sink}+{w.budget}+{w.num_local} block {self.block}/{self.sub_block} {self.positions}"
+
+    def config(self) -> TokenSelectConfig:
+        """The same for the backend's runner, with a vote at every step."""
+        window = self.window or Window(num_sink=0, budget=0, num_local=sys.maxsize)
+        return TokenSelectConfig(
+            sink=window.num_sink,
+            budget=window.budget,
+            local=window.num_local,
+            block=self.block,
+            sub_block=self.sub_block,
+            positions=self.positions,
+            max_reuse=1,
+        )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -67,7 +80,7 @@ class CausalRows:
 
 
 class Request:
-    """One request with its KV cache; positions are slots.
+    """One request with its KV cache, attended to by the backend's runner; positions are slots.
 
     In compact mode the cache holds un-rotated keys, else rotated ones.
     """
@@ -81,6 +94,8 @@ class Request:
         table = Rope.from_theta(config.rope_theta, config.head_dim, capacity).cos_sin_cache
         self.rope = Rope(table.to(weight.device))
         self.scaling = config.head_dim**-0.5
+        ropes = dict.fromkeys(range(config.num_layers), self.rope) if policy.positions == "compact" else {}
+        self.runner = TorchRunner(policy.config(), self.slots.unsqueeze(0), ropes)
 
     def rewind(self, length: int) -> None:
         """Forgets the tokens from ``length`` on, as a radix cache serves the prefix that remains."""
@@ -89,7 +104,10 @@ class Request:
     @torch.inference_mode()
     def extend(self, ids: Sequence[int]) -> int:
         """Appends tokens and returns the greedy next one."""
-        self.start, self.length = self.length, self.length + len(ids)
+        self.length += len(ids)
+        request = RequestPlan(req_pool_idx=0, seq_len=self.length, first_query=0, num_queries=len(ids))
+        self.plan = ForwardPlan(is_decode=len(ids) == 1, requests=(request,))
+        self.runner.begin(self.plan)
         hidden = self.model(torch.tensor(ids, device=self.slots.device), self._attend)
         return int(self.model.logits(hidden[-1]).argmax())
 
@@ -101,45 +119,9 @@ class Request:
         return out
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        start, end, policy = self.start, self.length, self.policy
-        if policy.positions == "absolute":
-            places = self.slots[start:end]
-            query, key = self.rope.rotate(query, places), self.rope.rotate(key, places)
-        self.keys[layer, start:end], self.values[layer, start:end] = key, value
-        if policy.window is None or end <= policy.window.size:
-            return self._over(layer, query, slice(0, end), end)
-        if end - start == 1:
-            return self._attend_decode(layer, query, policy.window)
-        return self._attend_blocks(layer, query, policy.window)
-
-    def _kv(self, layer: int, end: int) -> RequestKV:
-        return RequestKV(self.keys[layer], self.values[layer], self.slots[:end])
-
-    @property
-    def _compact_rope(self) -> Rope | None:
-        return self.rope if self.policy.positions == "compact" else None
-
-    def _over(self, layer: int, query: Tensor, positions: Tensor | slice, end: int) -> Tensor:
-        kv = self._kv(layer, end)
-        return attend_positions(query, kv, positions, scaling=self.scaling, rope=self._compact_rope)
-
-    def _attend_decode(self, layer: int, query: Tensor, window: Window) -> Tensor:
-        ranked = self.slots[:0]
-        if window.budget:
-            ranked = select_for_query(query[0], self._kv(layer, self.length), window, rope=self._compact_rope)
-        return self._over(layer, query, window.positions(ranked, self.length), self.length)
-
-    def _attend_blocks(self, layer: int, query: Tensor, window: Window) -> Tensor:
-        start, end, policy = self.start, self.length, self.policy
-        sparse = first_sparse_position(start, end, policy.block, window)
-        out = [self._over(layer, query[: sparse - start], slice(0, sparse), sparse)] if sparse > start else []
-        candidates = self._kv(layer, end).keys(slice(window.num_sink, end))
-        for lo, hi in cut_blocks(sparse, end, policy.block):
-            block, ranked = query[lo - start : hi - start], self.slots[:0]
-            if window.budget:
-                ranked = select_for_block(
-                    block, candidates, lo, window, sub_block=policy.sub_block, rope=self._compact_rope
-                )
-            attended = torch.cat([window.positions(ranked, lo), self.slots[lo:hi]])
-            out.append(self._over(layer, block, attended, hi))
-        return torch.cat(out)
+        new = self.slots[self.length - query.shape[0] : self.length]
+        if self.policy.positions == "absolute":
+            query, key = self.rope.rotate(query, new), self.rope.rotate(key, new)
+        self.keys[layer, new], self.values[layer, new] = key, value
+        layer_input = LayerInput(layer, self.keys[layer], self.values[layer], scaling=self.scaling, logit_cap=0.0)
+        return self.runner.run(query, layer_input, self.plan)
