@@ -16,8 +16,8 @@ from sglang_tokenselect.server_process import ServerProcess
 TRAINED_LENGTH = 4096
 CONTEXT_LENGTH = 70_000
 
-# --mem-fraction-static: SGLang's own value comes from accelerators and may be negative here; what
-# holds is --max-total-tokens (0.8 GB). --sleep-on-idle: an idle server leaves the cores to the other.
+# --max-total-tokens sizes the KV pool (0.8 GB); the memory fraction only has to leave room for it beside
+# the other server. --sleep-on-idle: an idle server leaves the cores to the other.
 COMMON_FLAGS = (
     *("--device", "cpu", "--dtype", "float32", "--grammar-backend", "none"),
     *("--context-length", str(CONTEXT_LENGTH), "--max-total-tokens", "150000", "--mem-fraction-static", "0.5"),
