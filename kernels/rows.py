@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each row of a selection attends to, on the device: the form that all kernels share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class SelectionRows:
+    """One row for each decode request or prefill block. All tensors are int32 on the device.
+
+    A row attends to positions [0, num_sink), to ``num_chosen`` candidates, and to
+    [tail_start, kv_end). Its candidates are the positions [num_sink, num_sink + num_candidates).
+
+    Attributes:
+        num_candidates: [num_rows], 0 where nothing is to be scored.
+        num_chosen: [num_rows], at most num_candidates, or the length of the cached vote.
+        tail_start: [num_rows], position.
+        kv_end: [num_rows], position after the last one attended.
+        cached: [num_rows], 1 where the chosen come from the selection cache.
+    """
+
+    num_candidates: torch.Tensor
+    num_chosen: torch.Tensor
+    tail_start: torch.Tensor
+    kv_end: torch.Tensor
+    cached: torch.Tensor
+
+    @classmethod
+    def empty(cls, max_rows: int, device: torch.device | str) -> SelectionRows:
+        """Uninitialised rows for :func:`begin_decode` to fill."""
+        return cls(*torch.empty(5, max_rows, dtype=torch.int32, device=device))
+
+
+@triton.jit
+def row_tiles(num_candidates_ptr, num_rows, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Scratch layout: each row's first tile and the one after its last, rows packed in order: [ROWS] each."""
+    rows = tl.arange(0, ROWS)
+    tiles = tl.cdiv(tl.load(num_candidates_ptr + rows, mask=rows < num_rows, other=0), TILE)
+    end = tl.cumsum(tiles)
+    return end - tiles, end
+
+
+@triton.jit
+def first_tile_of(row, num_candidates_ptr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """First tile of one row in that layout."""
+    rows = tl.arange(0, ROWS)
+    return tl.sum(tl.cdiv(tl.load(num_candidates_ptr + rows, mask=rows < row, other=0), TILE))

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selection for a batch of decode queries: the launches of one layer, in order."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import expect
+from .decode_score import score_decode
+from .emit import emit
+from .paged_keys import PagedKeys
+from .rows import SelectionRows
+from .selection_cache import DecodeBatch, SelectionCache, begin_decode
+from .vote import vote
+from .workspace import DecodeWorkspace
+
+
+def select_decode(
+    query: torch.Tensor,
+    keys: PagedKeys,
+    batch: DecodeBatch,
+    cache: SelectionCache,
+    rows: SelectionRows,
+    workspace: DecodeWorkspace,
+    kv_indices: torch.Tensor,
+    *,
+    num_sink: int,
+    num_local: int,
+    vote_scale: float = 1.0,
+) -> None:
+    """Writes the slots that each query of a decode step attends to in one layer.
+
+    No host sync and no allocation: a CUDA graph of this call stays right when lengths, budgets,
+    slots and cache contents change (spec, "Selection for one decode query", "Selection cache").
+
+    Args:
+        query: [num_rows, num_qo_heads, head_dim], dtype of the keys (bfloat16 or float16 with float8 keys),
+            heads contiguous; rotated as it is to be scored.
+        batch: who asks; `batch.kv_indptr` says where each row's slots go.
+        cache: of this layer. Rows with a cache slot reuse its vote, or leave theirs.
+        kv_indices: [>= kv_indptr[-1]] int32, written: sink, chosen and local slots, ascending in position.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other or the workspace.
+    """
+    _check(query, keys, batch, cache, workspace, kv_indices)
+    num_rows = len(batch)
+    begin_decode(query, batch, cache, rows, workspace, num_sink=num_sink, num_local=num_local)
+    for part in range(workspace.limits.num_parts(num_rows)):
+        score_decode(
+            query, keys, batch.req_pool_indices, rows, workspace, num_sink=num_sink, vote_scale=vote_scale, part=part
+        )
+        vote(rows, num_rows, workspace, part=part)
+        emit(
+            keys.req_to_token,
+            batch.req_pool_indices,
+            rows,
+            num_rows,
+            workspace,
+            batch.kv_indptr,
+            kv_indices,
+            num_sink=num_sink,
+            cache=cache,
+            cache_slots=batch.cache_slots,
+            part=part,
+        )
+
+
+def _check(
+    query: torch.Tensor,
+    keys: PagedKeys,
+    batch: DecodeBatch,
+    cache: SelectionCache,
+    workspace: DecodeWorkspace,
+    kv_indices: torch.Tensor,
+) -> None:
+    limits = workspace.limits
+    expect("query", query, (len(batch), workspace.num_qo_heads, keys.head_dim), *keys.query_dtypes)
+    if query.stride(1) != keys.head_dim:
+        raise ValueError(f"query: expected contiguous heads, got strides {query.stride()}")
+    if keys.num_kv_heads != workspace.num_kv_heads:
+        raise ValueError(f"num_kv_heads: expected {workspace.num_kv_heads}, the workspace's, got {keys.num_kv_heads}")
+    expect("cache.vote", cache.vote, (None, limits.max_budget), torch.int64)
+    if len(batch) > limits.max_rows:
+        raise ValueError(f"num_rows: expected at most {limits.max_rows}, the workspace's, got {len(batch)}")
+    expect("kv_indices", kv_indices, (None,), torch.int32)

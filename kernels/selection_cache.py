@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The selection cache on the device: which decode rows reuse an earlier vote (paper, section 3.3).
+
+`reference/cache.py` is the twin. An entry keeps its vote as keys whose order is the order of the vote,
+so the best ``b`` members are found without scoring, for any smaller budget ``b`` and any age.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import start_next, wait_for_previous
+from .rows import SelectionRows
+from .workspace import Workspace, next_power_of_2
+
+
+@dataclass(frozen=True)
+class SelectionCache:
+    """Entries of one layer, one for each cache slot.
+
+    Attributes:
+        query: [num_slots, num_qo_heads * head_dim], dtype of the queries: those that voted.
+        vote: [num_slots, max_budget] int64, members in ascending position, each as
+            ``(bits of its float32 score << 32) | (2**31 - 1 - candidate)``.
+        vote_len: [num_slots] int32, members of the vote.
+        seq_len: [num_slots] int32, tokens of the request when it voted; 0: no vote.
+        cut: [num_slots] int64, the least key that was attended to last. It moves by one member in a step.
+        counters: [2] int64, votes reused and votes made.
+    """
+
+    query: torch.Tensor
+    vote: torch.Tensor
+    vote_len: torch.Tensor
+    seq_len: torch.Tensor
+    cut: torch.Tensor
+    counters: torch.Tensor
+
+    @classmethod
+    def create(
+        cls, num_slots: int, query_size: int, max_budget: int, dtype: torch.dtype, device: torch.device | str
+    ) -> SelectionCache:
+        """Empty entries: ``query_size * itemsize + 8 * max_budget + 16`` bytes each."""
+        return cls(
+            query=torch.empty(num_slots, query_size, dtype=dtype, device=device),
+            vote=torch.empty(num_slots, max_budget, dtype=torch.int64, device=device),
+            vote_len=torch.zeros(num_slots, dtype=torch.int32, device=device),
+            seq_len=torch.zeros(num_slots, dtype=torch.int32, device=device),
+            cut=torch.zeros(num_slots, dtype=torch.int64, device=device),
+            counters=torch.zeros(2, dtype=torch.int64, device=device),
+        )
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """The requests of one decode step. All tensors are on the device; graphs rewrite them in place.
+
+    Attributes:
+        req_pool_indices: [num_rows] int32 or int64, row of `req_to_token` of each request.
+        seq_lens: [num_rows] int32 or int64, cached tokens, that of this step included.
+        budgets: [num_rows] int32, tokens to choose.
+        cache_slots: [num_rows] int32, entry of the selection cache; -1: none, votes every step.
+        kv_indptr: [num_rows + 1] int32, where each row's slots go; a row needs
+            ``min(seq_len, num_sink + budget + num_local)`` of them.
+        theta: [1] float32, least cosine for reuse. Above 1: never; -1: always.
+        max_reuse: [1] int32, steps that one vote may serve, its own included.
+    """
+
+    req_pool_indices: torch.Tensor
+    seq_lens: torch.Tensor
+    budgets: torch.Tensor
+    cache_slots: torch.Tensor
+    kv_indptr: torch.Tensor
+    theta: torch.Tensor
+    max_reuse: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.seq_lens.shape[0]
+
+
+@triton.jit
+def _begin_decode_kernel(
+    query_ptr,
+    seq_lens_ptr,
+    budgets_ptr,
+    cache_slots_ptr,
+    theta_ptr,
+    max_reuse_ptr,
+    cached_query_ptr,
+    cached_vote_len_ptr,
+    cached_seq_len_ptr,
+    counters_ptr,
+    num_candidates_ptr,
+    num_chosen_ptr,
+    tail_start_ptr,
+    kv_end_ptr,
+    cached_ptr,
+    num_sink,
+    num_local,
+    stride_query_row,
+    QUERY_SIZE: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_previous(PDL)
+    start_next(PDL)
+    row = tl.program_id(0)
+    seq_len = tl.load(seq_lens_ptr + row).to(tl.int32)
+    budget = tl.load(budgets_ptr + row)
+    slot = tl.load(cache_slots_ptr + row).to(tl.int64)
+    # [QUERY_BLOCK]
+    offs = tl.arange(0, QUERY_BLOCK)
+    inside = offs < QUERY_SIZE
+    query = tl.load(query_ptr + row.to(tl.int64) * stride_query_row + offs, mask=inside, other=0)
+    tail_start = tl.minimum(seq_len, num_sink)
+    num_chosen = 0
+    num_candidates = 0
+    cached = 0
+    if seq_len > num_sink + budget + num_local:
+        tail_start = seq_len - num_local
+        num_chosen = budget
+        if slot >= 0:
+            voter = tl.load(cached_query_ptr + slot * QUERY_SIZE + offs, mask=inside, other=0).to(tl.float32)
+            wide = query.to(tl.float32)
+            norm = tl.sqrt(tl.sum(wide * wide)) * tl.sqrt(tl.sum(voter * voter))
+            similar = tl.sum(wide * voter) >= tl.load(theta_ptr) * tl.maximum(norm, 1e-30)
+            vote_seq_len = tl.load(cached_seq_len_ptr + slot)
+            age = seq_len - vote_seq_len
+            fits = (age <= budget) & (budget - age <= tl.load(cached_vote_len_ptr + slot))
+            young = (vote_seq_len > 0) & (age >= 0) & (age < tl.load(max_reuse_ptr))
+            # An entry without a vote may hold anything, NaN included: `similar` alone decides nothing.
+            if similar & fits & young:
+                cached = 1
+                # The local window grows by what came since the vote, and the vote gives up as many.
+                tail_start -= age
+                num_chosen -= age
+            else:
+                tl.store(cached_query_ptr + slot * QUERY_SIZE + offs, query, mask=inside)
+                tl.store(cached_vote_len_ptr + slot, budget)
+                tl.store(cached_seq_len_ptr + slot, seq_len)
+        if (cached == 0) & (num_chosen > 0):
+            num_candidates = seq_len - num_local - num_sink
+    tl.store(num_candidates_ptr + row, num_candidates)
+    tl.store(num_chosen_ptr + row, num_chosen)
+    tl.store(tail_start_ptr + row, tail_start)
+    tl.store(kv_end_ptr + row, seq_len)
+    tl.store(cached_ptr + row, cached)
+
+    if (cached > 0) | (num_candidates > 0):
+        tl.atomic_add(counters_ptr + 1 - cached, 1, sem="relaxed")
+
+
+def begin_decode(
+    query: torch.Tensor,
+    batch: DecodeBatch,
+    cache: SelectionCache,
+    rows: SelectionRows,
+    workspace: Workspace,
+    *,
+    num_sink: int,
+    num_local: int,
+) -> None:
+    """Decides for each row: everything, an earlier vote, or a new vote; one launch, no host sync.
+
+    A row whose request fits its window attends to everything. A row reuses its cached vote if the
+    cosine over all heads reaches ``theta`` and the vote is younger than ``max_reuse`` and holds enough
+    members. Else it votes: its entry takes the query and length now, and the vote when it is known.
+
+    Args:
+        query: [num_rows, num_qo_heads, head_dim], heads contiguous.
+        rows: filled for :func:`score_decode`, :func:`vote` and :func:`emit`.
+    """
+    num_rows, query_size = len(batch), query.shape[1] * query.shape[2]
+    _begin_decode_kernel[(num_rows,)](
+        query,
+        batch.seq_lens,
+        batch.budgets,
+        batch.cache_slots,
+        batch.theta,
+        batch.max_reuse,
+        cache.query,
+        cache.vote_len,
+        cache.seq_len,
+        cache.counters,
+        rows.num_candidates,
+        rows.num_chosen,
+        rows.tail_start,
+        rows.kv_end,
+        rows.cached,
+        num_sink,
+        num_local,
+        query.stride(0),
+        QUERY_SIZE=query_size,
+        QUERY_BLOCK=next_power_of_2(query_size),
+        PDL=workspace.pdl,
+        launch_pdl=workspace.pdl,
+        num_warps=8,
+    )

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The soft vote (paper, section 3.2, Eq. 7), and a first bound on who is chosen.
+
+Candidates are compared by *vote keys*: ``(bits of the float32 score << 32) | (2**31 - 1 - candidate)``. Scores
+are not negative, so keys order as scores do, ties go to the lower position, and no two keys are equal.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import start_next, wait_for_previous
+from .rows import SelectionRows, first_tile_of
+from .workspace import LEAST, SUBTILE, TILE, DecodeWorkspace, Workspace, next_power_of_2, previous_power_of_2
+
+VOTE_PROGRAMS = 8
+"""Voting programs for each multiprocessor, of one warp each."""
+
+MAX_ROW_PROGRAMS = 512
+"""Voting programs of a row, at most: all of them meet in the same groups."""
+
+BLOCK = 4096
+"""Keys that a program of a search holds in registers."""
+
+
+@triton.jit
+def vote_keys(scores, candidates, valid):
+    """Keys of scores, -1 where not valid. A NaN is larger than any number, never out of range."""
+    bits = tl.maximum(scores.to(tl.int32, bitcast=True), 0).to(tl.int64)
+    return tl.where(valid, (bits << 32) | (0x7FFFFFFF - candidates), -1)
+
+
+@triton.jit
+def _half(keys, top, TIES: tl.constexpr):
+    """What is searched, in 32 bits: the score's bits of each key, or the lower half of those that tie at ``top``."""
+    bits = (keys >> 32).to(tl.int32)
+    if TIES:
+        return tl.where(bits == top, (keys & 0x7FFFFFFF).to(tl.int32), -1)
+    return bits
+
+
+@triton.jit
+def _count(held, keys_ptr, num_keys, top, threshold, TIES: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys that reach the threshold: the first BLOCK are held in registers, more are read again."""
+    count = tl.sum((_half(held, top, TIES) >= threshold).to(tl.int32))
+    for start in range(BLOCK, num_keys, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        keys = tl.load(keys_ptr + offs, mask=offs < num_keys, other=-1)
+        count += tl.sum((_half(keys, top, TIES) >= threshold).to(tl.int32))
+    return count
+
+
+@triton.jit
+def _bisect(held, keys_ptr, num_keys, top, wanted, slack, TIES: tl.constexpr, BLOCK: tl.constexpr):
+    """Largest threshold found that ``wanted`` keys reach, and how many do."""
+    most = 0x7FFFFFFF
+    half = _half(held, top, TIES)
+    # All are between the least and the largest, if all are held.
+    low = tl.where(num_keys > BLOCK, 0, tl.min(tl.where(half >= 0, half, most)))
+    high = tl.where(num_keys > BLOCK, most, tl.maximum(tl.max(half), 0) + 1)
+    count = _count(held, keys_ptr, num_keys, top, low, TIES, BLOCK)
+    while (count > wanted + slack) & (high - low > 1):
+        middle = low + ((high - low) >> 1)
+        reached = _count(held, keys_ptr, num_keys, top, middle, TIES, BLOCK)
+        if reached >= wanted:
+            low = middle
+            count = reached
+        else:
+            high = middle
+    return low, count
+
+
+@triton.jit
+def find_threshold(held, keys_ptr, num_keys, wanted, slack, BLOCK: tl.constexpr):
+    """A key that ``wanted`` to ``wanted + slack`` of the keys reach; wanted is at most num_keys.
+
+    First by score alone, in 32 bits; only if ties are left between too few and too many, by position.
+    """
+    top, count = _bisect(held, keys_ptr, num_keys, 0, wanted, slack, False, BLOCK)
+    lower_half = tl.zeros([], tl.int32)
+    if count > wanted + slack:
+        above = _count(held, keys_ptr, num_keys, 0, top + 1, False, BLOCK)
+        lower_half, _ = _bisect(held, keys_ptr, num_keys, top, wanted - above, slack, True, BLOCK)
+    return (top.to(tl.int64) << 32) | lower_half
+
+
+@triton.jit
+def _log_sum_exp(
+    partial_max_ptr,
+    partial_sum_ptr,
+    partition_ptr,
+    row,
+    start,
+    num_tiles,
+    NUM_HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """Base-2 log-sum-exp of each head of a row, from what the runs that scored it left: [HEADS_BLOCK]."""
+    tiles_per_run = tl.load(partition_ptr)
+    origin = tl.load(partition_ptr + 1)
+    heads = tl.arange(0, HEADS_BLOCK)
+    is_head = heads < NUM_HEADS
+    first = (start - origin) // tiles_per_run
+    last = (start - origin + num_tiles - 1) // tiles_per_run
+    top = tl.full([HEADS_BLOCK], LEAST, tl.float32)
+    total = tl.zeros([HEADS_BLOCK], tl.float32)
+    for offset in range(first, last + 1, PARTIALS):
+        # [HEADS_BLOCK, PARTIALS]
+        run = offset + tl.arange(0, PARTIALS)[None, :]
+        present = (run <= last) & is_head[:, None]
+        offs = (run + row) * NUM_HEADS + heads[:, None]
+        maxima = tl.load(partial_max_ptr + offs, mask=present, other=LEAST)
+        sums = tl.load(partial_sum_ptr + offs, mask=present, other=0)
+        new_top = tl.maximum(top, tl.max(maxima, 1))
+        total = total * tl.exp2(top - new_top) + tl.sum(sums * tl.exp2(maxima - new_top[:, None]), 1)
+        top = new_top
+    # Heads that only fill the block vote exp2(-inf) = 0.
+    return tl.where(is_head, top + tl.log2(tl.maximum(total, 1e-30)), float("inf"))
+
+
+@triton.jit
+def _vote_kernel(
+    terms_ptr,
+    subtile_max_ptr,
+    partial_max_ptr,
+    partial_sum_ptr,
+    partition_ptr,
+    num_candidates_ptr,
+    scores_ptr,
+    maxima_ptr,
+    part,
+    part_tiles,
+    SCORED: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    LEAST: tl.constexpr,
+    TILE: tl.constexpr,
+    SUBTILE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_previous(PDL)
+    row = tl.program_id(1)
+    program = tl.program_id(0)
+    num_candidates = tl.load(num_candidates_ptr + row)
+    start = first_tile_of(row, num_candidates_ptr, ROWS, TILE)
+    if (num_candidates > 0) & (start // part_tiles == part):
+        first_tile = (start - part * part_tiles).to(tl.int64)
+        lanes = tl.arange(0, TILE)
+        heads = tl.arange(0, HEADS_BLOCK)
+        if not SCORED:
+            lse = _log_sum_exp(
+                partial_max_ptr,
+                partial_sum_ptr,
+                partition_ptr,
+                row,
+                start,
+                tl.cdiv(num_candidates, TILE),
+                NUM_HEADS,
+                HEADS_BLOCK,
+                PARTIALS,
+                LEAST,
+            )
+        best = tl.full([TILE], -1, tl.int64)
+        for tile in range(program, tl.cdiv(num_candidates, TILE), tl.num_programs(0)):
+            scores_tile_ptr = scores_ptr + (first_tile + tile) * TILE
+            if SCORED:
+                scores = tl.load(scores_tile_ptr + lanes)
+            else:
+                tile_heads = (first_tile + tile) * NUM_HEADS + heads[:, None]
+                # [HEADS_BLOCK, TILE]
+                terms = tl.load(
+                    terms_ptr + tile_heads * TILE + lanes[None, :], mask=heads[:, None] < NUM_HEADS, other=0
+                )
+                # [HEADS_BLOCK, TILE // SUBTILE]
+                subtile_max = tl.load(
+                    subtile_max_ptr + tile_heads * (TILE // SUBTILE) + tl.arange(0, TILE // SUBTILE)[None, :],
+                    mask=heads[:, None] < NUM_HEADS,
+                    other=0,
+                )
+                weights = tl.exp2(subtile_max - lse[:, None])
+                terms = tl.reshape(terms.to(tl.float32), (HEADS_BLOCK, TILE // SUBTILE, SUBTILE))
+                scores = tl.reshape(tl.sum(terms * weights[:, :, None], 0), (TILE,))
+                tl.store(scores_tile_ptr + lanes, scores)
+            candidates = tile * TILE + lanes
+            best = tl.maximum(best, vote_keys(scores, candidates, candidates < num_candidates))
+        # Candidate j is in group j % NUM_GROUPS. So neighbours, which are often chosen together, and
+        # the first of many ties are in groups of their own.
+        groups = row.to(tl.int64) * NUM_GROUPS + (program * TILE + lanes) % NUM_GROUPS
+        tl.atomic_max(maxima_ptr + groups, best, mask=best >= 0, sem="relaxed")
+    start_next(PDL)
+
+
+def vote(rows: SelectionRows, num_rows: int, workspace: DecodeWorkspace, *, part: int = 0) -> None:
+    """Sums the heads' votes of a scored part to one score for each candidate, for :func:`emit`.
+
+    Args:
+        part: as in :func:`score_decode`.
+    """
+    _launch(
+        rows,
+        num_rows,
+        workspace,
+        part,
+        [workspace.terms, workspace.subtile_max, workspace.partial_max, workspace.partial_sum, workspace.partition],
+        NUM_HEADS=workspace.num_qo_heads,
+    )
+
+
+def take_scores(rows: SelectionRows, num_rows: int, workspace: Workspace) -> None:
+    """Prepares the scores that somebody else put into the workspace, for :func:`emit`.
+
+    Row r's scores are ``workspace.scores.view(-1)[first[r] * TILE :][: num_candidates[r]]`` float32, not
+    negative, where ``first`` counts the tiles of the rows before.
+    """
+    _launch(rows, num_rows, workspace, 0, [None] * 5, NUM_HEADS=0)
+
+
+def _launch(
+    rows: SelectionRows, num_rows: int, workspace: Workspace, part: int, terms: list, *, NUM_HEADS: int
+) -> None:
+    limits = workspace.limits
+    programs = previous_power_of_2(VOTE_PROGRAMS * workspace.num_multiprocessors // num_rows)
+    # The candidates of a program are then always in the same groups.
+    programs = max(min(programs, MAX_ROW_PROGRAMS), limits.num_groups // TILE)
+    _vote_kernel[(programs, num_rows)](
+        *terms,
+        rows.num_candidates,
+        workspace.scores,
+        workspace.maxima,
+        part,
+        limits.part_tiles,
+        SCORED=not NUM_HEADS,
+        NUM_HEADS=NUM_HEADS,
+        HEADS_BLOCK=next_power_of_2(max(NUM_HEADS, 1)),
+        PARTIALS=16,
+        LEAST=LEAST,
+        TILE=TILE,
+        SUBTILE=SUBTILE,
+        NUM_GROUPS=limits.num_groups,
+        ROWS=next_power_of_2(num_rows),
+        PDL=workspace.pdl,
+        launch_pdl=workspace.pdl,
+        num_warps=1,
+    )
