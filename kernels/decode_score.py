@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .paged_keys import PagedKeys
 from .launch import start_next, wait_for_previous
+from .paged_keys import PagedKeys
 from .rows import SelectionRows, row_tiles
 from .workspace import LEAST, SUBTILE, TILE, DecodeWorkspace, next_power_of_2
 

@@ -17,6 +17,9 @@ from .selection_cache import SelectionCache
 from .vote import BLOCK, find_threshold, vote_keys
 from .workspace import MAX_SEGMENTS, TILE, Workspace, next_power_of_2, previous_power_of_2
 
+EVERYTHING = 2**30
+"""Tiles of a part that holds all rows."""
+
 SCAN = 2048
 """Candidates that a program looks at at once."""
 
@@ -165,7 +168,7 @@ def _emit_kernel(
             # As many groups reach the bound as candidates are wanted, so at least as many candidates do.
             row_maxima_ptr = maxima_ptr + row.to(tl.int64) * NUM_GROUPS
             maxima = tl.load(row_maxima_ptr + lanes, mask=lanes < NUM_GROUPS, other=-1)
-            bound = find_threshold(maxima, row_maxima_ptr, NUM_GROUPS, num_chosen, num_chosen >> 4, BLOCK)
+            bound = find_threshold(maxima, row_maxima_ptr, NUM_GROUPS, num_chosen, num_chosen >> 3, BLOCK)
             first = (start - part * part_tiles).to(tl.int64) * TILE
             segment_size = tl.cdiv(tl.cdiv(num_candidates, TILE), SEGMENTS) * TILE
             begin = segment * segment_size
@@ -215,7 +218,7 @@ def emit(
     num_sink: int,
     cache: SelectionCache | None = None,
     cache_slots: torch.Tensor | None = None,
-    part: int = 0,
+    part: int | None = None,
 ) -> None:
     """Chooses among the bounded candidates and writes the slots of every row of one part.
 
@@ -223,6 +226,7 @@ def emit(
         keys_table: `req_to_token`, [num_req_rows, max_context_len] int32.
         kv_indptr: [num_rows + 1] int32.
         kv_indices: [>= kv_indptr[-1]] int32, written.
+        part: as in :func:`score_decode`; None: all rows, whose candidates the workspace holds together.
         cache: entries that rows reuse or leave their vote in; needs ``cache_slots``, [num_rows] int32.
     """
     limits = workspace.limits
@@ -249,8 +253,8 @@ def emit(
         cache.vote_len if cache else None,
         cache.cut if cache else None,
         num_sink,
-        part,
-        limits.part_tiles,
+        part or 0,
+        EVERYTHING if part is None else limits.part_tiles,
         keys_table.stride(0),
         limits.max_budget,
         HAS_CACHE=cache is not None,

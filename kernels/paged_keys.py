@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import HALF_DTYPES, expect
-
-KEY_DTYPES = (*HALF_DTYPES, torch.float8_e4m3fn)
+KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 HEAD_DIMS = (64, 128)
 
 
@@ -33,12 +31,15 @@ class PagedKeys:
     k_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        expect("pool", self.pool, (None, None, None), *KEY_DTYPES)
-        if self.head_dim not in HEAD_DIMS:
-            raise ValueError(f"pool: expected head_dim in {HEAD_DIMS}, got {self.head_dim}")
-        if self.pool.stride(1) != self.head_dim:
-            raise ValueError(f"pool: expected contiguous heads, got strides {self.pool.stride()}")
-        expect("req_to_token", self.req_to_token, (None, None), torch.int32)
+        pool, table = self.pool, self.req_to_token
+        if pool.dtype not in KEY_DTYPES:
+            raise ValueError(f"pool.dtype: expected one of {[str(d) for d in KEY_DTYPES]}, got {pool.dtype}")
+        if pool.dim() != 3 or pool.shape[2] not in HEAD_DIMS:
+            raise ValueError(f"pool: expected [num_slots, num_kv_heads, head_dim in {HEAD_DIMS}], got {[*pool.shape]}")
+        if pool.stride()[1:] != (pool.shape[2], 1):
+            raise ValueError(f"pool.stride(): expected contiguous heads, got {pool.stride()}")
+        if table.dtype != torch.int32 or table.dim() != 2 or table.stride(1) != 1:
+            raise ValueError(f"req_to_token: expected int32 rows, got {table.dtype} with strides {table.stride()}")
 
     @property
     def num_kv_heads(self) -> int:
@@ -47,8 +48,3 @@ class PagedKeys:
     @property
     def head_dim(self) -> int:
         return self.pool.shape[2]
-
-    @property
-    def query_dtypes(self) -> tuple[torch.dtype, ...]:
-        """Dtypes that queries may have: the keys' own, or either half precision with float8 keys."""
-        return (self.pool.dtype,) if self.pool.dtype in HALF_DTYPES else HALF_DTYPES

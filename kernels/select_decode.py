@@ -75,12 +75,19 @@ def _check(
     kv_indices: torch.Tensor,
 ) -> None:
     limits = workspace.limits
-    expect("query", query, (len(batch), workspace.num_qo_heads, keys.head_dim), *keys.query_dtypes)
-    if query.stride(1) != keys.head_dim:
-        raise ValueError(f"query: expected contiguous heads, got strides {query.stride()}")
+    expected = (len(batch), workspace.num_qo_heads, keys.head_dim)
+    if tuple(query.shape) != expected or query.stride()[1:] != (keys.head_dim, 1):
+        raise ValueError(
+            f"query: expected {expected} with contiguous heads, got {tuple(query.shape)}, {query.stride()}"
+        )
+    if query.dtype != keys.pool.dtype and keys.pool.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"query.dtype: expected {keys.pool.dtype}, the keys', got {query.dtype}")
     if keys.num_kv_heads != workspace.num_kv_heads:
         raise ValueError(f"num_kv_heads: expected {workspace.num_kv_heads}, the workspace's, got {keys.num_kv_heads}")
-    expect("cache.vote", cache.vote, (None, limits.max_budget), torch.int64)
+    if cache.vote.shape[1] != limits.max_budget:
+        raise ValueError(
+            f"cache.vote: expected {limits.max_budget} members, the workspace's, got {cache.vote.shape[1]}"
+        )
     if len(batch) > limits.max_rows:
         raise ValueError(f"num_rows: expected at most {limits.max_rows}, the workspace's, got {len(batch)}")
     expect("kv_indices", kv_indices, (None,), torch.int32)

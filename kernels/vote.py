@@ -7,7 +7,6 @@ are not negative, so keys order as scores do, ties go to the lower position, and
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -21,14 +20,20 @@ VOTE_PROGRAMS = 8
 MAX_ROW_PROGRAMS = 512
 """Voting programs of a row, at most: all of them meet in the same groups."""
 
+TAKE = 1024
+"""Given scores that a program looks at at once."""
+
+TAKE_PROGRAMS = 4
+"""Programs for each multiprocessor that look at given scores."""
+
 BLOCK = 4096
 """Keys that a program of a search holds in registers."""
 
 
 @triton.jit
 def vote_keys(scores, candidates, valid):
-    """Keys of scores, -1 where not valid. A NaN is larger than any number, never out of range."""
-    bits = tl.maximum(scores.to(tl.int32, bitcast=True), 0).to(tl.int64)
+    """Keys of scores, -1 where not valid. What is not a number ranks with infinity."""
+    bits = tl.minimum(tl.maximum(scores.to(tl.int32, bitcast=True), 0), 0x7F800000).to(tl.int64)
     return tl.where(valid, (bits << 32) | (0x7FFFFFFF - candidates), -1)
 
 
@@ -134,7 +139,6 @@ def _vote_kernel(
     maxima_ptr,
     part,
     part_tiles,
-    SCORED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     PARTIALS: tl.constexpr,
@@ -154,40 +158,33 @@ def _vote_kernel(
         first_tile = (start - part * part_tiles).to(tl.int64)
         lanes = tl.arange(0, TILE)
         heads = tl.arange(0, HEADS_BLOCK)
-        if not SCORED:
-            lse = _log_sum_exp(
-                partial_max_ptr,
-                partial_sum_ptr,
-                partition_ptr,
-                row,
-                start,
-                tl.cdiv(num_candidates, TILE),
-                NUM_HEADS,
-                HEADS_BLOCK,
-                PARTIALS,
-                LEAST,
-            )
+        lse = _log_sum_exp(
+            partial_max_ptr,
+            partial_sum_ptr,
+            partition_ptr,
+            row,
+            start,
+            tl.cdiv(num_candidates, TILE),
+            NUM_HEADS,
+            HEADS_BLOCK,
+            PARTIALS,
+            LEAST,
+        )
         best = tl.full([TILE], -1, tl.int64)
         for tile in range(program, tl.cdiv(num_candidates, TILE), tl.num_programs(0)):
-            scores_tile_ptr = scores_ptr + (first_tile + tile) * TILE
-            if SCORED:
-                scores = tl.load(scores_tile_ptr + lanes)
-            else:
-                tile_heads = (first_tile + tile) * NUM_HEADS + heads[:, None]
-                # [HEADS_BLOCK, TILE]
-                terms = tl.load(
-                    terms_ptr + tile_heads * TILE + lanes[None, :], mask=heads[:, None] < NUM_HEADS, other=0
-                )
-                # [HEADS_BLOCK, TILE // SUBTILE]
-                subtile_max = tl.load(
-                    subtile_max_ptr + tile_heads * (TILE // SUBTILE) + tl.arange(0, TILE // SUBTILE)[None, :],
-                    mask=heads[:, None] < NUM_HEADS,
-                    other=0,
-                )
-                weights = tl.exp2(subtile_max - lse[:, None])
-                terms = tl.reshape(terms.to(tl.float32), (HEADS_BLOCK, TILE // SUBTILE, SUBTILE))
-                scores = tl.reshape(tl.sum(terms * weights[:, :, None], 0), (TILE,))
-                tl.store(scores_tile_ptr + lanes, scores)
+            tile_heads = (first_tile + tile) * NUM_HEADS + heads[:, None]
+            # [HEADS_BLOCK, TILE]
+            terms = tl.load(terms_ptr + tile_heads * TILE + lanes[None, :], mask=heads[:, None] < NUM_HEADS, other=0)
+            # [HEADS_BLOCK, TILE // SUBTILE]
+            subtile_max = tl.load(
+                subtile_max_ptr + tile_heads * (TILE // SUBTILE) + tl.arange(0, TILE // SUBTILE)[None, :],
+                mask=heads[:, None] < NUM_HEADS,
+                other=0,
+            )
+            weights = tl.exp2(subtile_max - lse[:, None])
+            terms = tl.reshape(terms.to(tl.float32), (HEADS_BLOCK, TILE // SUBTILE, SUBTILE))
+            scores = tl.reshape(tl.sum(terms * weights[:, :, None], 0), (TILE,))
+            tl.store(scores_ptr + (first_tile + tile) * TILE + lanes, scores)
             candidates = tile * TILE + lanes
             best = tl.maximum(best, vote_keys(scores, candidates, candidates < num_candidates))
         # Candidate j is in group j % NUM_GROUPS. So neighbours, which are often chosen together, and
@@ -203,42 +200,23 @@ def vote(rows: SelectionRows, num_rows: int, workspace: DecodeWorkspace, *, part
     Args:
         part: as in :func:`score_decode`.
     """
-    _launch(
-        rows,
-        num_rows,
-        workspace,
-        part,
-        [workspace.terms, workspace.subtile_max, workspace.partial_max, workspace.partial_sum, workspace.partition],
-        NUM_HEADS=workspace.num_qo_heads,
-    )
-
-
-def take_scores(rows: SelectionRows, num_rows: int, workspace: Workspace) -> None:
-    """Prepares the scores that somebody else put into the workspace, for :func:`emit`.
-
-    Row r's scores are ``workspace.scores.view(-1)[first[r] * TILE :][: num_candidates[r]]`` float32, not
-    negative, where ``first`` counts the tiles of the rows before.
-    """
-    _launch(rows, num_rows, workspace, 0, [None] * 5, NUM_HEADS=0)
-
-
-def _launch(
-    rows: SelectionRows, num_rows: int, workspace: Workspace, part: int, terms: list, *, NUM_HEADS: int
-) -> None:
     limits = workspace.limits
     programs = previous_power_of_2(VOTE_PROGRAMS * workspace.num_multiprocessors // num_rows)
     # The candidates of a program are then always in the same groups.
     programs = max(min(programs, MAX_ROW_PROGRAMS), limits.num_groups // TILE)
     _vote_kernel[(programs, num_rows)](
-        *terms,
+        workspace.terms,
+        workspace.subtile_max,
+        workspace.partial_max,
+        workspace.partial_sum,
+        workspace.partition,
         rows.num_candidates,
         workspace.scores,
         workspace.maxima,
         part,
         limits.part_tiles,
-        SCORED=not NUM_HEADS,
-        NUM_HEADS=NUM_HEADS,
-        HEADS_BLOCK=next_power_of_2(max(NUM_HEADS, 1)),
+        NUM_HEADS=workspace.num_qo_heads,
+        HEADS_BLOCK=next_power_of_2(workspace.num_qo_heads),
         PARTIALS=16,
         LEAST=LEAST,
         TILE=TILE,
@@ -248,4 +226,54 @@ def _launch(
         PDL=workspace.pdl,
         launch_pdl=workspace.pdl,
         num_warps=1,
+    )
+
+
+@triton.jit
+def _take_scores_kernel(
+    num_candidates_ptr,
+    scores_ptr,
+    maxima_ptr,
+    TILE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    TAKE: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_previous(PDL)
+    row = tl.program_id(1)
+    program = tl.program_id(0)
+    num_candidates = tl.load(num_candidates_ptr + row)
+    start = first_tile_of(row, num_candidates_ptr, ROWS, TILE).to(tl.int64)
+    lanes = tl.arange(0, TAKE)
+    best = tl.full([TAKE], -1, tl.int64)
+    for offset in range(program * TAKE, num_candidates, tl.num_programs(0) * TAKE):
+        candidates = offset + lanes
+        scores = tl.load(scores_ptr + start * TILE + candidates, mask=candidates < num_candidates, other=0)
+        best = tl.maximum(best, vote_keys(scores, candidates, candidates < num_candidates))
+    groups = row.to(tl.int64) * NUM_GROUPS + (program * TAKE + lanes) % NUM_GROUPS
+    tl.atomic_max(maxima_ptr + groups, best, mask=best >= 0, sem="relaxed")
+    start_next(PDL)
+
+
+def take_scores(rows: SelectionRows, num_rows: int, workspace: Workspace) -> None:
+    """Prepares the scores that somebody else put into the workspace, for :func:`emit`.
+
+    Row r's scores are ``workspace.scores.view(-1)[first[r] * TILE :][: num_candidates[r]]`` float32, not
+    negative, where ``first`` counts the tiles of the rows before.
+    """
+    num_groups = workspace.limits.num_groups
+    take = min(TAKE, num_groups)
+    programs = previous_power_of_2(TAKE_PROGRAMS * workspace.num_multiprocessors // num_rows)
+    _take_scores_kernel[(max(programs, num_groups // take), num_rows)](
+        rows.num_candidates,
+        workspace.scores,
+        workspace.maxima,
+        TILE=TILE,
+        NUM_GROUPS=num_groups,
+        TAKE=take,
+        ROWS=next_power_of_2(num_rows),
+        PDL=workspace.pdl,
+        launch_pdl=workspace.pdl,
+        num_warps=4,
     )

@@ -194,7 +194,7 @@ def check_top(score: torch.Tensor, chosen: torch.Tensor, count: int) -> None:
     assert chosen.numel() == count and chosen.unique().numel() == count
     if not count:
         return
-    assert 0 <= chosen.min() and chosen.max() < score.numel()
+    assert chosen.min() >= 0 and chosen.max() < score.numel()
     lowest = score.topk(count).values.min()
     least = score[chosen].min()
     assert least >= lowest * (1 - SCORE_RTOL) - 1e-30, f"chosen {least:.3e}, wanted {lowest:.3e} at least"

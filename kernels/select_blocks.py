@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selection for the blocks of a prefill: one plan per forward, and the launches of one layer, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from .block_means import mean_queries
+from .block_plan import (
+    BlockPlan,
+    BlockScratch,
+    count_rows_per_block,
+    count_tiles,
+    int32,
+    plan_blocks,
+    request_runs,
+    to_device,
+)
+from .block_votes import Combine, score_blocks
+from .checks import expect
+from .emit import emit
+from .paged_keys import PagedKeys
+from .rows import SelectionRows
+from .vote import take_scores
+from .workspace import Workspace, WorkspaceLimits, _num_multiprocessors
+
+
+@dataclass(frozen=True)
+class PrefillBlock:
+    """Queries of an extend that share one selection (spec, "Selection in prefill").
+
+    A block attends to the sink, to ``budget`` tokens that it chooses, to the ``num_local`` tokens before it and to
+    itself.
+
+    Attributes:
+        req_pool_idx: row of ``req_to_token``.
+        start, end: positions [start, end) of its queries, within one multiple of the block size.
+        first_query: index of its first query among the queries of the forward.
+        budget: tokens to choose, less than its candidates.
+    """
+
+    req_pool_idx: int
+    start: int
+    end: int
+    first_query: int
+    budget: int
+
+
+@dataclass(frozen=True)
+class PrefillPart:
+    """Blocks that are selected at once. All tensors are int32 on the device.
+
+    Attributes:
+        first_query, num_queries, start: [num_blocks], for :func:`mean_queries`.
+        scoring: for :func:`score_blocks`.
+        rows: for :func:`take_scores` and :func:`emit`, one for each block.
+        kv_indptr: [num_blocks + 1], the part's piece of the plan's.
+    """
+
+    first_query: torch.Tensor
+    num_queries: torch.Tensor
+    start: torch.Tensor
+    scoring: BlockPlan
+    rows: SelectionRows
+    kv_indptr: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """What :func:`select_blocks` does in each layer of one forward; made by :func:`plan_prefill`.
+
+    Attributes:
+        parts: what a workspace of ``limits`` holds at once, in order of the blocks.
+        kv_indptr: [num_blocks + 1] int32 on the device, over all parts: where each block's slots go.
+        kv_indptr_cpu: the same on the host, where FlashInfer plans the attention.
+        sub_block: tokens.
+    """
+
+    parts: tuple[PrefillPart, ...]
+    kv_indptr: torch.Tensor
+    kv_indptr_cpu: torch.Tensor
+    limits: WorkspaceLimits
+    sub_block: int
+
+
+def plan_prefill(
+    blocks: Sequence[PrefillBlock],
+    limits: WorkspaceLimits,
+    *,
+    block: int,
+    sub_block: int,
+    num_sink: int,
+    num_local: int,
+    num_qo_heads: int,
+    device: torch.device | str,
+) -> PrefillPlan:
+    """Plans the selection of all blocks of an extend, with one copy to the device.
+
+    A block gets ``num_sink + budget + num_local + (end - start)`` slots. Blocks of one request should follow each
+    other: they then share the reading of its keys, unless the workspace does not hold them all at once.
+
+    Args:
+        limits: of the workspace that the plan is for.
+        block, sub_block: sizes in tokens; both cut at their absolute multiples.
+        num_qo_heads: heads that vote.
+
+    Raises:
+        ValueError: a size or a block that is not as stated, or that does not fit ``limits``.
+    """
+    rows_per_block = count_rows_per_block(block, sub_block)
+    for index, item in enumerate(blocks):
+        _check_block(f"blocks[{index}]", item, limits, block, num_sink, num_local)
+
+    lengths = [num_sink + item.budget + num_local + item.end - item.start for item in blocks]
+    kv_indptr = [0, *accumulate(lengths)]
+    # Who chooses nothing scores nothing.
+    num_candidates = [item.start - num_local - num_sink if item.budget else 0 for item in blocks]
+    num_multiprocessors = _num_multiprocessors(device)
+    parts = []
+    for span in _cut_parts([item.req_pool_idx for item in blocks], num_candidates, limits):
+        scoring = plan_blocks(
+            [blocks[i].req_pool_idx for i in span],
+            [num_candidates[i] for i in span],
+            [-(-blocks[i].end // sub_block) - blocks[i].start // sub_block for i in span],
+            rows_per_block=rows_per_block,
+            num_qo_heads=num_qo_heads,
+            num_multiprocessors=num_multiprocessors,
+        )
+        part_indptr = kv_indptr[span.start : span.stop + 1]
+        parts.append(_make_part([blocks[i] for i in span], scoring, part_indptr, num_local))
+    kv_indptr_cpu = int32(kv_indptr)
+    parts, kv_indptr = to_device((tuple(parts), kv_indptr_cpu), device)
+    return PrefillPlan(parts, kv_indptr, kv_indptr_cpu, limits, sub_block)
+
+
+def _check_block(
+    name: str, item: PrefillBlock, limits: WorkspaceLimits, block: int, num_sink: int, num_local: int
+) -> None:
+    window = num_sink + item.budget + num_local
+    if not 0 <= item.budget <= limits.max_budget:
+        raise ValueError(f"{name}.budget: expected 0 to {limits.max_budget}, got {item.budget}")
+    if item.start <= window:
+        raise ValueError(f"{name}.start: expected more than {window}, the window, got {item.start}")
+    most = min((item.start // block + 1) * block, limits.max_seq_len)
+    if not item.start < item.end <= most:
+        raise ValueError(f"{name}.end: expected {item.start + 1} to {most}, got {item.end}")
+
+
+def _cut_parts(
+    req_pool_indices: Sequence[int], num_candidates: Sequence[int], limits: WorkspaceLimits
+) -> Iterator[range]:
+    """Spans of blocks that the workspace holds at once; one that would cut a request begins with it if it can."""
+    tile_indptr = count_tiles(num_candidates)
+
+    def fits(first: int, stop: int) -> bool:
+        # A row belongs to the part that its first tile falls in.
+        return stop - first <= limits.max_rows and tile_indptr[stop - 1] - tile_indptr[first] < limits.part_tiles
+
+    first = 0
+    for run in request_runs(req_pool_indices):
+        if first < run.start and not fits(first, run.stop):
+            yield range(first, run.start)
+            first = run.start
+        for index in run:
+            if not fits(first, index + 1):
+                yield range(first, index)
+                first = index
+    if req_pool_indices:
+        yield range(first, len(req_pool_indices))
+
+
+def _make_part(
+    blocks: Sequence[PrefillBlock], scoring: BlockPlan, kv_indptr: Sequence[int], num_local: int
+) -> PrefillPart:
+    """The part on the host."""
+    return PrefillPart(
+        first_query=int32([block.first_query for block in blocks]),
+        num_queries=int32([block.end - block.start for block in blocks]),
+        start=int32([block.start for block in blocks]),
+        scoring=scoring,
+        rows=SelectionRows(
+            num_candidates=scoring.num_candidates,
+            num_chosen=int32([block.budget for block in blocks]),
+            tail_start=int32([block.start - num_local for block in blocks]),
+            kv_end=int32([block.end for block in blocks]),
+            cached=int32([0] * len(blocks)),
+        ),
+        kv_indptr=int32(kv_indptr),
+    )
+
+
+def select_blocks(
+    query: torch.Tensor,
+    keys: PagedKeys,
+    plan: PrefillPlan,
+    workspace: Workspace,
+    scratch: BlockScratch,
+    means: torch.Tensor,
+    kv_indices: torch.Tensor,
+    *,
+    num_sink: int,
+    vote_scale: float,
+    combine: Combine,
+) -> None:
+    """Writes the slots that each block of a prefill attends to in one layer. No host sync and no allocation.
+
+    Args:
+        query: [num_tokens, num_qo_heads, head_dim] bfloat16 or float16, last dimension contiguous; rotated as it is
+            to be scored.
+        plan: see :func:`plan_prefill`.
+        workspace: of the plan's limits.
+        scratch: for the rows of ``means``.
+        means: [at least blocks of a part * rows per block, num_qo_heads, head_dim], dtype of the keys (bfloat16 or
+            float16 with float8 keys); overwritten. ``limits.max_rows`` times :func:`count_rows_per_block` rows are
+            always enough.
+        kv_indices: [>= kv_indptr[-1]] int32, written: sink, chosen, local and own slots, ascending in position.
+        num_sink: that of the plan.
+        vote_scale: factor of the logits, which are *not* divided by sqrt(head_dim).
+        combine: how the votes of a block's sub-blocks become one score.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other, or a workspace of other limits than the plan's.
+    """
+    _check(plan, workspace, means, kv_indices)
+    for part in plan.parts:
+        scoring, num_blocks = part.scoring, part.scoring.num_blocks
+        part_means = means[: num_blocks * scoring.rows_per_block]
+        mean_queries(
+            query,
+            part.first_query,
+            part.num_queries,
+            part.start,
+            sub_block=plan.sub_block,
+            rows_per_block=scoring.rows_per_block,
+            out=part_means,
+        )
+        score_blocks(
+            part_means,
+            keys,
+            scoring,
+            scratch,
+            workspace.scores,
+            num_sink=num_sink,
+            vote_scale=vote_scale,
+            combine=combine,
+        )
+        take_scores(part.rows, num_blocks, workspace)
+        emit(
+            keys.req_to_token,
+            scoring.req_pool_indices,
+            part.rows,
+            num_blocks,
+            workspace,
+            part.kv_indptr,
+            kv_indices,
+            num_sink=num_sink,
+        )
+
+
+def _check(plan: PrefillPlan, workspace: Workspace, means: torch.Tensor, kv_indices: torch.Tensor) -> None:
+    if workspace.limits != plan.limits:
+        raise ValueError(f"workspace.limits: expected {plan.limits}, the plan's, got {workspace.limits}")
+    expect("kv_indices", kv_indices, (None,), torch.int32)
+    num_slots = int(plan.kv_indptr_cpu[-1])
+    if kv_indices.shape[0] < num_slots:
+        raise ValueError(f"kv_indices: expected {num_slots} slots or more, got {kv_indices.shape[0]}")
+    num_rows = max((part.scoring.num_blocks * part.scoring.rows_per_block for part in plan.parts), default=0)
+    if means.shape[0] < num_rows:
+        raise ValueError(f"means: expected {num_rows} rows or more, got {means.shape[0]}")

@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of prefill blocks against the float64 reference: Triton's interpreter without a GPU, native with one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerator import BIG, DEVICE, DTYPES, NEEDS_CUDA
+
+from sglang_tokenselect.kernels.block_means import mean_queries
+from sglang_tokenselect.kernels.block_plan import (
+    DEFAULT_TUNING,
+    BlockPlan,
+    BlockScratch,
+    PassTuning,
+    Tuning,
+    count_rows_per_block,
+    plan_blocks,
+    to_device,
+)
+from sglang_tokenselect.kernels.block_votes import score_blocks
+from sglang_tokenselect.kernels.paged_keys import PagedKeys
+from sglang_tokenselect.kernels.reference import prefill
+from sglang_tokenselect.kernels.reference.vote import soft_vote
+from sglang_tokenselect.kernels.workspace import TILE
+
+NUM_SINK = 5
+# The interpreter warns where a row has no candidates and where a column beyond the candidates overflows.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+]
+SMALL = Tuning(logsumexp=PassTuning(32, 64, 4, 2), votes=PassTuning(16, 32, 4, 2))
+
+
+class Case:
+    """Blocks of several requests, whose slots are scattered in a pool that is NaN everywhere else.
+
+    Args:
+        blocks: (request, candidates, rows that vote) of each block, blocks of a request together.
+    """
+
+    def __init__(
+        self,
+        blocks: list[tuple[int, int, int]],
+        *,
+        rows_per_block: int = 2,
+        heads: tuple[int, int] = (4, 2),
+        head_dim: int = 64,
+        dtype: torch.dtype = torch.float16,
+        key_dtype: torch.dtype | None = None,
+        query_scale: float = 0.3,
+        k_scale: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.blocks, self.rows_per_block = blocks, rows_per_block
+        self.num_qo_heads, num_kv_heads = heads
+        num_requests = 1 + max(request for request, _, _ in blocks)
+        lengths = [max([0, *(n for r, n, _ in blocks if r == request)]) for request in range(num_requests)]
+        num_slots = 2 * sum(lengths) + NUM_SINK * num_requests + 3
+        order = torch.randperm(num_slots, generator=generator).to(torch.int32)
+        # Positions without a key of their own point at a slot of NaN.
+        req_to_token = torch.full((num_requests, NUM_SINK + max(lengths) + 9), int(order[-1]), dtype=torch.int32)
+        keys = torch.full((num_slots, num_kv_heads, head_dim), torch.nan, dtype=dtype)
+        for request, length in enumerate(lengths):
+            slots, order = order[:length], order[length:]
+            req_to_token[request, NUM_SINK : NUM_SINK + length] = slots
+            keys[slots.long()] = torch.randn(length, num_kv_heads, head_dim, generator=generator).to(dtype)
+        keys = keys.to(key_dtype or dtype)
+        means = torch.randn(len(blocks) * rows_per_block, self.num_qo_heads, head_dim, generator=generator)
+        means = (means * query_scale).to(dtype)
+        for block, (_, _, num_rows) in enumerate(blocks):
+            means[block * rows_per_block + num_rows : (block + 1) * rows_per_block] = torch.nan
+        self.means = means.to(DEVICE)
+        self.keys = PagedKeys(keys.to(DEVICE), req_to_token.to(DEVICE), k_scale)
+
+    def plan(self, *, num_multiprocessors: int = 4, tuning: Tuning = DEFAULT_TUNING) -> BlockPlan:
+        requests, counts, rows = (list(column) for column in zip(*self.blocks, strict=True))
+        plan = plan_blocks(
+            requests,
+            counts,
+            rows,
+            rows_per_block=self.rows_per_block,
+            num_qo_heads=self.num_qo_heads,
+            num_multiprocessors=num_multiprocessors,
+            tuning=tuning,
+        )
+        return to_device(plan, DEVICE)
+
+    def reference(self, block: int, *, vote_scale: float, combine: str) -> torch.Tensor:
+        request, count, num_rows = self.blocks[block]
+        slots = self.keys.req_to_token[request, NUM_SINK : NUM_SINK + count].long()
+        rows = self.means[block * self.rows_per_block :][:num_rows].double()
+        votes = soft_vote(rows, self.keys.pool[slots].double() * self.keys.k_scale, vote_scale=vote_scale)
+        return votes.amax(0) if combine == "max" else votes.sum(0)
+
+    def run(self, plan: BlockPlan, *, vote_scale: float = 1.0, combine: str = "max") -> torch.Tensor:
+        """Scores of all blocks, from poisoned memory; one tile more than the plan asks for."""
+        scratch = BlockScratch.allocate(self.means.shape[0] + 3, self.num_qo_heads, DEVICE)
+        scratch.partial.fill_(torch.nan)
+        scratch.lse.fill_(torch.nan)
+        scores = torch.full((plan.num_tiles + 1, TILE), torch.nan, device=DEVICE)
+        score_blocks(
+            self.means,
+            self.keys,
+            plan,
+            scratch,
+            scores,
+            num_sink=NUM_SINK,
+            vote_scale=vote_scale,
+            combine=combine,
+        )
+        return scores.flatten()
+
+    def check(self, *, vote_scale: float = 1.0, combine: str = "max", **options) -> BlockPlan:
+        plan = self.plan(**options)
+        scores = self.run(plan, vote_scale=vote_scale, combine=combine)
+        written = torch.zeros_like(scores, dtype=torch.bool)
+        for block, (start, (_, count, _)) in enumerate(zip(plan.tile_indptr.tolist(), self.blocks, strict=False)):
+            assert_scores(scores[start * TILE :][:count], self.reference(block, vote_scale=vote_scale, combine=combine))
+            written[start * TILE : start * TILE + count] = True
+        assert scores[~written].isnan().all(), "written outside of the candidates"
+        return plan
+
+
+def assert_scores(got: torch.Tensor, expected: torch.Tensor, *, rtol: float = 1e-3, atol: float = 1e-12) -> None:
+    error = (got.double() - expected).abs()
+    worst = (error / (expected + atol)).max().item() if got.numel() else 0.0
+    print(f"worst relative error {worst:.1e} of {got.numel()} scores")
+    assert (error <= rtol * expected + atol).all(), f"worst relative error {worst:.3e}"  # fails on NaN
+
+
+@pytest.mark.parametrize("count", [1, 63, 100, 127, 128, 129, 2000])
+@pytest.mark.parametrize("combine", ["max", "sum"])
+def test_one_block(count, combine):
+    Case([(0, count, 2)], seed=count).check(combine=combine)
+
+
+@pytest.mark.parametrize(("dtype", "key_dtype"), DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1), (14, 2), (7, 1)], ids=lambda h: f"{h[0]}/{h[1]}")
+def test_heads(heads, head_dim, dtype, key_dtype):
+    """Groups of 1, 4 and 7; keys differ between the heads, so a wrong pairing cannot hide."""
+    case = Case([(0, 100, 2), (0, 163, 1)], heads=heads, head_dim=head_dim, dtype=dtype, key_dtype=key_dtype)
+    case.check(vote_scale=0.7)
+
+
+@pytest.mark.parametrize("rows_per_block", [1, 2, 8])
+@pytest.mark.parametrize("combine", ["max", "sum"])
+@pytest.mark.parametrize("tuning", [DEFAULT_TUNING, SMALL], ids=["default", "small tiles"])
+def test_blocks_of_several_requests(rows_per_block, combine, tuning):
+    """Row tiles with one and with many blocks, requests of unlike lengths, blocks with fewer rows than others."""
+    some = max(1, rows_per_block - 1)
+    blocks = [
+        *((2, 300 + 16 * i, rows_per_block) for i in range(9)),
+        (0, 1, some),
+        (3, 129, 1),
+        (3, 145, rows_per_block),
+        (1, 800, some),
+    ]
+    case = Case(blocks, rows_per_block=rows_per_block, heads=(2, 1), seed=rows_per_block)
+    plan = case.check(combine=combine, tuning=tuning)
+    assert plan.logsumexp.requests.shape[0] == 5
+    if tuning is SMALL and rows_per_block == 8:
+        assert plan.logsumexp.row_tiles[:, 1].tolist() == [4, 4, 1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("rows_per_block", [64, 128])
+def test_a_block_fills_a_row_tile(rows_per_block):
+    blocks = [(0, 130, rows_per_block), (0, 140, rows_per_block - 5), (0, 150, 3)]
+    Case(blocks, rows_per_block=rows_per_block, heads=(2, 1)).check()
+
+
+@pytest.mark.parametrize(("num_multiprocessors", "split_tokens"), [(1, 1024), (6, 512), (200, 256)])
+def test_key_splits(num_multiprocessors, split_tokens):
+    """Several splits, and more than the shorter blocks have keys for; short requests elsewhere here have one."""
+    case = Case([(0, 300, 2), (0, 2000, 2), (1, 257, 2)], heads=(2, 1))
+    assert case.check(num_multiprocessors=num_multiprocessors).split_tokens == split_tokens
+
+
+def test_scale_of_stored_keys():
+    Case([(0, 140, 2)], k_scale=0.25).check(vote_scale=0.7)
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+def test_blocks_of_one_request_in_any_order(order):
+    blocks = [(0, 40 + 50 * i, 1) for i in range(7)]
+    Case(blocks[:: 1 if order == "ascending" else -1], heads=(2, 1)).check(tuning=SMALL)
+
+
+def test_block_without_candidates_writes_nothing():
+    Case([(0, 0, 2), (0, 70, 2), (1, 0, 1)], heads=(2, 1)).check()
+    Case([(0, 0, 2)], heads=(2, 1)).check()
+
+
+@pytest.mark.parametrize("combine", ["max", "sum"])
+def test_large_logits(combine):
+    """Logits of several hundred: most votes underflow, one is near 1, none is NaN or infinite."""
+    case = Case([(0, 700, 2), (0, 800, 2)], head_dim=128, query_scale=30.0)
+    plan = case.plan(num_multiprocessors=200)
+    scores = case.run(plan, combine=combine)
+    for block, start in enumerate(plan.tile_indptr.tolist()[:-1]):
+        expected = case.reference(block, vote_scale=1.0, combine=combine)
+        got = scores[start * TILE :][: case.blocks[block][1]]
+        assert got.isfinite().all()
+        assert_scores(got, expected)
+
+
+def test_votes_of_a_row_sum_to_its_heads():
+    case = Case([(0, 1234, 1)], rows_per_block=1)
+    scores = case.run(case.plan())
+    assert abs(scores[:1234].double().sum().item() - case.num_qo_heads) < 1e-4
+
+
+def test_dirty_scratch_does_not_matter():
+    """Twice with one scratch: what the first call left there changes nothing."""
+    blocks = [(0, 300, 2), (1, 200, 2)]
+    case = Case(blocks)
+    plan, scratch = case.plan(), BlockScratch.allocate(8, 4, DEVICE)
+    first, again = (torch.full((plan.num_tiles, TILE), torch.nan, device=DEVICE) for _ in range(2))
+    call(case, plan, scratch=scratch, scores=first)
+    call(case, plan, scratch=scratch, scores=again)
+    torch.testing.assert_close(first, again, rtol=0, atol=0, equal_nan=True)
+
+
+def test_strided_tensors():
+    """Means, keys and table that are slices of larger tensors."""
+    case = Case([(0, 140, 2), (0, 150, 2)])
+    wide = torch.full((2 * case.means.shape[0], 9, 128), torch.nan, dtype=case.means.dtype, device=DEVICE)
+    wide[::2, 3:7, :64] = case.means
+    pool, table = case.keys.pool, case.keys.req_to_token
+    wide_pool = torch.full((pool.shape[0], 2, 2, 64), torch.nan, dtype=pool.dtype, device=DEVICE)
+    wide_pool[:, 0] = pool
+    wide_table = torch.cat([table, table + 7], 1)
+    case.means = wide[::2, 3:7, :64]
+    case.keys = PagedKeys(wide_pool[:, 0], wide_table[:, : table.shape[1]])
+    case.check()
+
+
+def call(case: Case, plan: BlockPlan, **changes) -> None:
+    arguments = {
+        "means": case.means,
+        "keys": case.keys,
+        "plan": plan,
+        "scratch": BlockScratch.allocate(case.means.shape[0], case.num_qo_heads, DEVICE),
+        "scores": torch.full((plan.num_tiles, TILE), torch.nan, device=DEVICE),
+        "num_sink": NUM_SINK,
+        "vote_scale": 1.0,
+        "combine": "max",
+    }
+    score_blocks(**(arguments | changes))
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+
+def paged(pool: torch.Tensor) -> PagedKeys:
+    return PagedKeys(pool, empty(2, 90, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"means": empty(4, 4, 64, dtype=torch.bfloat16)}, "means: expected dtype torch.float16, got torch.bfloat16"),
+        ({"means": empty(3, 4, 64)}, r"means: expected shape \[4, 4, 64\], got \[3, 4, 64\]"),
+        ({"means": empty(4, 4, 64, 2)[..., 0]}, "means: expected a contiguous last dimension, got stride 2"),
+        ({"keys": paged(empty(9, 2, 64, dtype=torch.bfloat16))}, "means: expected dtype torch.bfloat16, got"),
+        ({"keys": paged(empty(9, 2, 128))}, r"means: expected shape \[4, 4, 128\]"),
+        ({"keys": paged(empty(9, 3, 64))}, "num_qo_heads: expected a multiple of 3, got 4"),
+        ({"scores": empty(3, TILE, dtype=torch.float32)}, "scores: expected 4 contiguous tiles or more, got 3"),
+        ({"scores": empty(4 * TILE, dtype=torch.float32)}, r"scores: expected shape \['any', 128\], got \[512\]"),
+        ({"scores": empty(9, TILE)}, "scores: expected dtype torch.float32, got torch.float16"),
+        ({"scratch": BlockScratch.allocate(3, 4, DEVICE)}, "scratch: expected 4 rows or more, got 3"),
+        ({"scratch": BlockScratch.allocate(4, 8, DEVICE)}, r"scratch.lse: expected shape \[4, 'any'\], got \[8, 4\]"),
+        ({"vote_scale": 0.0}, "vote_scale: expected more than 0, got 0.0"),
+        ({"combine": "mean"}, "combine: expected 'max' or 'sum', got 'mean'"),
+    ],
+)
+def test_refusals(changes, message):
+    case = Case([(0, 140, 2), (1, 150, 2)])
+    with pytest.raises(ValueError, match=message):
+        call(case, case.plan(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("block", "sub_block", "message"),
+    [
+        (48, 16, "block // sub_block: expected a power of two up to 128, got 3"),
+        (256, 1, "block // sub_block: expected a power of two up to 128, got 256"),
+        (64, 24, "sub_block: expected a divisor of block=64, got 24"),
+        (64, 0, "sub_block: expected a divisor of block=64, got 0"),
+        (0, 1, "sub_block: expected a divisor of block=0, got 1"),
+    ],
+)
+def test_rows_per_block(block, sub_block, message):
+    with pytest.raises(ValueError, match=message):
+        count_rows_per_block(block, sub_block)
+    assert [count_rows_per_block(*sizes) for sizes in ((128, 1), (96, 48), (7, 7))] == [128, 2, 1]
+
+
+def test_plan_of_a_long_chunk():
+    """8,192 queries after 131,072 tokens on an H200: one round of programs in the first pass."""
+    starts = range(131_072, 131_072 + 8192, 128)
+    plan = plan_blocks(
+        [3] * 64, [s - 640 for s in starts], [8] * 64, rows_per_block=8, num_qo_heads=32, num_multiprocessors=132
+    )
+    assert plan.logsumexp.row_tiles.tolist()[0] == [0, 16, 131_072 - 640, 131_072 - 640 + 15 * 128]
+    assert plan.logsumexp.num_units == 4 * 2
+    assert plan.votes.num_units == len(plan.votes.row_tiles) * plan.tile_indptr.diff().max().item()
+    assert plan.num_tiles == sum(-(-(s - 640) // TILE) for s in starts)
+
+
+@pytest.mark.parametrize("num_blocks", range(1, 6))
+def test_plan_on_the_device(num_blocks):
+    """One copy; aligned whatever the number of blocks, so that Triton compiles no kernel for another alignment."""
+    sizes = {"rows_per_block": 1, "num_qo_heads": 1, "num_multiprocessors": 4}
+    plan = plan_blocks(range(num_blocks), [9] * num_blocks, [1] * num_blocks, **sizes)
+    moved = to_device(plan, DEVICE)
+    pairs = list(zip(plan_tensors(plan), plan_tensors(moved), strict=True))
+    assert all(torch.equal(before, after.cpu()) for before, after in pairs)
+    assert len({after.untyped_storage().data_ptr() for _, after in pairs}) == 1
+    assert all(after.storage_offset() % 4 == 0 and after.device.type == DEVICE for _, after in pairs)
+
+
+def plan_tensors(plan: BlockPlan) -> list[torch.Tensor]:
+    tensors = [plan.req_pool_indices, plan.num_candidates, plan.num_rows, plan.tile_indptr]
+    return [*tensors, *(t for tiling in (plan.logsumexp, plan.votes) for t in (tiling.row_tiles, tiling.requests))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_CUDA)], ids=str)
+@pytest.mark.parametrize(
+    ("block", "sub_block"), [(128, 16), (128, 128), (64, 4), (64, 1), (96, 48)], ids=lambda n: str(n)
+)
+def test_mean_queries(block, sub_block, dtype):
+    """Blocks that start and end inside a block and a sub-block, of three requests, out of order in the queries."""
+    spans = [(3 * block + 5, 4 * block), (block, 2 * block), (7 * block - 1, 7 * block), (2 * block, 2 * block + 50)]
+    rows_per_block = block // sub_block
+    heads, head_dim = 2, 64
+    query = torch.randn(sum(e - s for s, e in spans) + 9, heads + 1, 2 * head_dim).to(DEVICE, dtype)[:, 1:, :head_dim]
+    first_query = [9]
+    for start, end in spans[:-1]:
+        first_query.append(first_query[-1] + end - start)
+    order = [2, 0, 3, 1]
+    out = torch.full((4 * rows_per_block, heads, head_dim), torch.nan, dtype=dtype, device=DEVICE)
+    columns = zip(*((first_query[i], spans[i][1] - spans[i][0], spans[i][0]) for i in order), strict=True)
+    columns = [torch.tensor(column, dtype=torch.int32, device=DEVICE) for column in columns]
+    mean_queries(query, *columns, sub_block=sub_block, rows_per_block=rows_per_block, out=out)
+
+    rounding = torch.finfo(dtype).eps / 2
+    for i, rows in zip(order, out.unflatten(0, (4, rows_per_block)), strict=True):
+        start, end = spans[i]
+        expected = prefill.mean_queries(query[first_query[i] :][: end - start].double(), start, sub_block)
+        error = (rows[: len(expected)].double() - expected).abs()
+        assert (error <= 1.001 * rounding * expected.abs() + 1e-6).all()
+        assert (rows[len(expected) :] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": empty(9, 2, 64, dtype=torch.float32)}, "query: expected dtype torch.bfloat16 or torch.float16"),
+        ({"query": empty(9, 2, 96), "out": empty(4, 2, 96)}, "query: expected head_dim to be a power of two, got 96"),
+        ({"start": empty(2, dtype=torch.int64)}, "start: expected dtype torch.int32, got torch.int64"),
+        ({"num_queries": empty(3, dtype=torch.int32)}, r"num_queries: expected shape \[2\], got \[3\]"),
+        ({"out": empty(3, 2, 64)}, r"out: expected shape \[4, 2, 64\], got \[3, 2, 64\]"),
+        ({"sub_block": 0}, "sub_block: expected at least 1, got 0"),
+    ],
+)
+def test_mean_queries_refusals(changes, message):
+    ints = {name: empty(2, dtype=torch.int32) for name in ("first_query", "num_queries", "start")}
+    arguments = {"query": empty(9, 2, 64), **ints, "sub_block": 16, "rows_per_block": 2, "out": empty(4, 2, 64)}
+    with pytest.raises(ValueError, match=message):
+        mean_queries(**(arguments | changes))
+
+
+def test_scores_of_queries():
+    """Both steps: a first block that a radix hit shortens, whole ones, a last one that the extend's end shortens."""
+    block, sub_block, num_local = 32, 8, 16
+    start, end = 3 * block + 19, 6 * block + 13
+    case = Case([(0, end, 1)], rows_per_block=4, seed=4)
+    spans = list(prefill.cut_blocks(start, end, block))
+    query = torch.randn(end - start, 4, 64, generator=torch.Generator().manual_seed(9)).to(DEVICE, torch.float16)
+    case.blocks = [(0, s - num_local - NUM_SINK, -(-e // sub_block) - s // sub_block) for s, e in spans]
+    case.means = torch.full((len(spans) * 4, 4, 64), torch.nan, dtype=torch.float16, device=DEVICE)
+    columns = zip(*((s - start, e - s, s) for s, e in spans), strict=True)
+    columns = [torch.tensor(column, dtype=torch.int32, device=DEVICE) for column in columns]
+    mean_queries(query, *columns, sub_block=sub_block, rows_per_block=4, out=case.means)
+    assert [rows for _, _, rows in case.blocks] == [2, 4, 4, 2]
+    case.check(vote_scale=0.2)
+
+
+@BIG
+@pytest.mark.parametrize(("dtype", "key_dtype"), DTYPES)
+@pytest.mark.parametrize("combine", ["max", "sum"])
+@pytest.mark.parametrize("rows_per_block", [1, 8, 32])
+def test_long_context(dtype, key_dtype, combine, rows_per_block):
+    """131,072 tokens beside shorter requests, with the tiles and splits of the real machine."""
+    blocks = [(0, 131_072 + 128 * i, rows_per_block) for i in range(20)] + [(1, 9001, rows_per_block), (2, 40_001, 1)]
+    case = Case(blocks, rows_per_block=rows_per_block, heads=(28, 4), head_dim=128, dtype=dtype, key_dtype=key_dtype)
+    case.check(combine=combine, vote_scale=0.5)
+
+
+@BIG
+@pytest.mark.parametrize("votes", [(64, 128, 4, 3), (64, 256, 8, 3), (128, 64, 4, 3)], ids=str)
+@pytest.mark.parametrize("logsumexp", [(64, 128, 4, 3), (128, 256, 8, 2), (64, 64, 4, 4)], ids=str)
+def test_tunings(votes, logsumexp):
+    tuning = Tuning(logsumexp=PassTuning(*logsumexp), votes=PassTuning(*votes))
+    blocks = [(0, 9001 + 100 * i, 8) for i in range(20)]
+    Case(blocks, rows_per_block=8, heads=(8, 2), head_dim=128, dtype=torch.bfloat16).check(tuning=tuning)

@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill selection against the float64 reference: Triton's interpreter without a GPU, native with one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from accelerator import BIG, DEVICE, DTYPES, HAS_CUDA
+from paged import UNWRITTEN, poison
+
+from sglang_tokenselect.kernels.block_plan import BlockScratch, count_rows_per_block
+from sglang_tokenselect.kernels.paged_keys import PagedKeys
+from sglang_tokenselect.kernels.reference import prefill
+from sglang_tokenselect.kernels.reference.vote import soft_vote
+from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.kernels.select_blocks import PrefillBlock, PrefillPlan, plan_prefill, select_blocks
+from sglang_tokenselect.kernels.workspace import TILE, Workspace, WorkspaceLimits
+
+# The interpreter warns where a column beyond the candidates overflows, where a block has none, and of NaN.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+]
+TIE = 1e-3  # relative
+
+
+class Extend:
+    """Extends of several requests in one forward; the pool is NaN wherever there is no candidate's key.
+
+    Args:
+        spans: positions [start, end) and budget of each request's extend. Blocks that its window reaches from the
+            beginning are left out, as they are dense; their queries remain between those of the others.
+    """
+
+    def __init__(
+        self,
+        spans: list[tuple[int, int, int]],
+        *,
+        block: int = 32,
+        sub_block: int = 8,
+        num_sink: int = 5,
+        num_local: int = 12,
+        heads: tuple[int, int] = (2, 1),
+        head_dim: int = 64,
+        dtype: torch.dtype = torch.float16,
+        key_dtype: torch.dtype | None = None,
+        k_scale: float = 1.0,
+        query_scale: float = 0.3,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.block, self.sub_block, self.num_sink, self.num_local = block, sub_block, num_sink, num_local
+        self.num_qo_heads, num_kv_heads = heads
+        ends = [end for _, end, _ in spans]
+        order = torch.randperm(sum(ends) + 17, generator=generator).to(torch.int32)
+        pool = torch.full((sum(ends) + 17, num_kv_heads, head_dim), torch.nan)
+        table = torch.full((len(spans) + 2, max(ends) + 9), int(order[-1]), dtype=torch.int32)
+        self.rows = torch.randperm(len(table), generator=generator)[: len(spans)].tolist()
+        self.blocks: list[PrefillBlock] = []
+        num_queries = 3
+        for row, (start, end, budget) in zip(self.rows, spans, strict=True):
+            table[row, :end], order = order[:end], order[end:]
+            window = Window(num_sink, budget, num_local)
+            self.blocks += [
+                PrefillBlock(row, lo, hi, num_queries + lo - start, budget)
+                for lo, hi in prefill.cut_blocks(start, end, block)
+                if lo > window.size
+            ]
+            num_queries += end - start
+            last = max((item.start for item in self.blocks if item.req_pool_idx == row), default=0)
+            candidates = table[row, num_sink : max(last - num_local, num_sink)].long()
+            pool[candidates] = torch.randn(len(candidates), num_kv_heads, head_dim, generator=generator)
+        self.keys = PagedKeys(pool.to(dtype).to(key_dtype or dtype).to(DEVICE), table.to(DEVICE), k_scale)
+        query = torch.randn(num_queries, self.num_qo_heads, head_dim, generator=generator) * query_scale
+        self.query = query.to(DEVICE, dtype)
+
+    def limits(self, *, max_rows: int | None = None, max_candidates: int | None = None) -> WorkspaceLimits:
+        longest = max(item.end for item in self.blocks)
+        return WorkspaceLimits(
+            max_rows=max_rows or len(self.blocks),
+            max_candidates=max_candidates or sum(item.end for item in self.blocks),
+            max_seq_len=longest,
+            max_budget=max(1, *(item.budget for item in self.blocks)),
+        )
+
+    def plan(self, limits: WorkspaceLimits) -> PrefillPlan:
+        return plan_prefill(
+            self.blocks,
+            limits,
+            block=self.block,
+            sub_block=self.sub_block,
+            num_sink=self.num_sink,
+            num_local=self.num_local,
+            num_qo_heads=self.num_qo_heads,
+            device=DEVICE,
+        )
+
+    def state(self, limits: WorkspaceLimits) -> dict:
+        """What a server holds for all layers, poisoned."""
+        num_rows = limits.max_rows * count_rows_per_block(self.block, self.sub_block)
+        scratch = BlockScratch.allocate(num_rows, self.num_qo_heads, DEVICE)
+        scratch.partial.fill_(torch.nan)
+        scratch.lse.fill_(torch.nan)
+        means = self.query.new_full((num_rows, *self.query.shape[1:]), torch.nan)
+        workspace = Workspace(limits, DEVICE)
+        poison(workspace)
+        return {"workspace": workspace, "scratch": scratch, "means": means}
+
+    def run(
+        self,
+        plan: PrefillPlan | None = None,
+        state: dict | None = None,
+        *,
+        vote_scale: float = 1.0,
+        combine: str = "max",
+    ) -> list[torch.Tensor]:
+        """Positions that each block attends to, in the order of their slots."""
+        plan = plan or self.plan(self.limits())
+        state = state or self.state(plan.limits)
+        indptr = plan.kv_indptr_cpu.tolist()
+        kv_indices = torch.full((indptr[-1] + 50,), UNWRITTEN, dtype=torch.int32, device=DEVICE)
+        select_blocks(
+            self.query,
+            self.keys,
+            plan,
+            **state,
+            kv_indices=kv_indices,
+            num_sink=self.num_sink,
+            vote_scale=vote_scale,
+            combine=combine,
+        )
+        assert (kv_indices[indptr[-1] :] == UNWRITTEN).all(), "written behind the last row"
+        assert (state["workspace"].maxima == -1).all() and (state["workspace"].arrivals == 0).all()
+        spans = zip(self.blocks, indptr, indptr[1:], strict=False)
+        return [self._positions(item, kv_indices[first:last]) for item, first, last in spans]
+
+    def _positions(self, item: PrefillBlock, slots: torch.Tensor) -> torch.Tensor:
+        owned = self.keys.req_to_token[item.req_pool_idx, : item.end].long()
+        position = torch.full((self.keys.pool.shape[0],), -1, device=DEVICE)
+        position[owned] = torch.arange(item.end, device=DEVICE)
+        assert (slots >= 0).all(), f"{item}: not all slots are written"
+        return position[slots.long()]
+
+    def check(self, found: list[torch.Tensor], *, vote_scale: float = 1.0, combine: str = "max") -> None:
+        """Raises unless the positions are right for every block."""
+        assert len(found) == len(self.blocks) > 0
+        for item, positions in zip(self.blocks, found, strict=True):
+            assert (positions.diff() > 0).all(), f"{item}: not strictly ascending"
+            sink, chosen, tail = positions.split(
+                [self.num_sink, item.budget, self.num_local + item.end - item.start],
+            )
+            assert sink.tolist() == list(range(self.num_sink))
+            assert tail.tolist() == list(range(item.start - self.num_local, item.end))
+            if item.budget:
+                self._check_chosen(item, chosen, vote_scale, combine)
+
+    def _check_chosen(self, item: PrefillBlock, chosen: torch.Tensor, vote_scale: float, combine: str) -> None:
+        """Chosen are those of the reference, up to ties with the least of them."""
+        window = Window(self.num_sink, item.budget, self.num_local)
+        query = self.query[item.first_query :][: item.end - item.start].double()
+        means = prefill.mean_queries(query, item.start, self.sub_block).to(self.query.dtype).double()
+        slots = self.keys.req_to_token[item.req_pool_idx, self.num_sink : item.start - self.num_local].long()
+        keys = self.keys.pool[slots].double() * self.keys.k_scale
+        # Queries that are all their sub-block's rounded mean.
+        cuts = prefill.cut_blocks(item.start, item.end, self.sub_block)
+        query = torch.cat([mean.expand(hi - lo, -1, -1) for mean, (lo, hi) in zip(means, cuts, strict=True)])
+        expected = prefill.select_for_block(
+            query, keys, item.start, window, sub_block=self.sub_block, combine=combine, vote_scale=vote_scale
+        )
+        votes = soft_vote(means, keys, vote_scale=vote_scale)
+        score = votes.amax(0) if combine == "max" else votes.sum(0)
+        lowest = score[expected[-1] - self.num_sink]
+        is_chosen = torch.zeros_like(score, dtype=torch.bool)
+        is_chosen[chosen - self.num_sink] = True
+        assert score[is_chosen].min() >= lowest * (1 - TIE), f"{item}: chosen though worse than the reference's"
+        if not is_chosen.all():
+            assert score[~is_chosen].max() <= lowest * (1 + TIE), f"{item}: better ones are left out"
+
+
+def check(extend: Extend, **options) -> None:
+    extend.check(extend.run(**options), **options)
+
+
+# A radix hit in the middle of a block and of a sub-block, a short last block; one that begins dense; one short block.
+MIXED = [(243, 365, 40), (0, 130, 17), (301, 302, 63)]
+
+
+@pytest.mark.parametrize("combine", ["max", "sum"])
+def test_mixed_requests(combine):
+    """Each with its own budget, dense queries between those that select."""
+    extend = Extend(MIXED)
+    assert [(item.start, item.end) for item in extend.blocks[:5]] == [
+        (243, 256), (256, 288), (288, 320), (320, 352), (352, 365)
+    ]  # fmt: skip
+    assert [(item.start, item.end) for item in extend.blocks[5:]] == [(64, 96), (96, 128), (128, 130), (301, 302)]
+    check(extend, combine=combine, vote_scale=0.7)
+
+
+@pytest.mark.parametrize(("dtype", "key_dtype"), DTYPES)
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1), (14, 2)], ids=lambda h: f"{h[0]}q{h[1]}kv")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_heads_and_dtypes(heads, head_dim, dtype, key_dtype):
+    """Groups of 1, 4 and 7; keys differ between the heads, so a wrong pairing cannot hide."""
+    spans = [(250, 300, 40), (140, 160, 25)]
+    check(Extend(spans, heads=heads, head_dim=head_dim, dtype=dtype, key_dtype=key_dtype, k_scale=0.5))
+
+
+@pytest.mark.parametrize(("num_sink", "num_local"), [(0, 12), (5, 0), (0, 0), (130, 1)])
+def test_edges_of_the_window(num_sink, num_local):
+    check(Extend([(250, 300, 40), (215, 224, 1)], num_sink=num_sink, num_local=num_local))
+
+
+@pytest.mark.parametrize("budgets", [(0, 30), (0, 0)], ids=str)
+def test_a_budget_of_nothing(budgets):
+    """Such a block attends to sink, local window and itself, and needs no scores."""
+    check(Extend([(190, 240, budget) for budget in budgets]))
+
+
+@pytest.mark.parametrize(("block", "sub_block"), [(32, 32), (32, 1), (96, 48), (128, 1)], ids=str)
+def test_sub_blocks(block, sub_block):
+    """One mean of the block, which is the paper; every query a row; sizes that are no powers of two; 128 rows."""
+    check(Extend([(200, 300, 40)], block=block, sub_block=sub_block))
+
+
+def test_just_above_the_window():
+    """One candidate more than are chosen."""
+    check(Extend([(40 + 5 + 12 + 1, 64, 40)]))
+
+
+def test_ties_go_to_the_lower_position():
+    extend = Extend([(243, 300, 40)], query_scale=0.0)
+    for positions in extend.run():
+        assert positions[5:45].tolist() == list(range(5, 45))
+
+
+def test_peaked_votes():
+    """Logits of several hundred: most scores underflow, which makes ties of them."""
+    extend = Extend([(243, 300, 40)], query_scale=30.0)
+    for item, positions in zip(extend.blocks, extend.run(), strict=True):
+        assert len(positions) == 5 + 40 + 12 + item.end - item.start
+        assert (positions.diff() > 0).all()
+
+
+PARTS = [
+    pytest.param({"max_rows": 3}, [3, 2, 3, 1], id="rows-cut-a-request"),
+    # 16 tiles fit, and the blocks have 2, 2, 3, 3, 3; 1, 1, 1; 3. But a block may only begin in the first 14.
+    pytest.param({"max_candidates": 7 * TILE}, [5, 4], id="candidates"),
+]
+
+
+@pytest.mark.parametrize(("limits", "sizes"), PARTS)
+def test_parts_select_the_same(limits, sizes):
+    """A request stays in one part if that holds it."""
+    extend = Extend(MIXED)
+    whole, parts = extend.plan(extend.limits()), extend.plan(extend.limits(**limits))
+    assert len(whole.parts) == 1
+    assert [part.scoring.num_blocks for part in parts.parts] == sizes
+    for expected, got in zip(extend.run(whole), extend.run(parts), strict=True):
+        assert got.tolist() == expected.tolist()
+
+
+def test_a_used_workspace_is_as_good_as_a_new_one():
+    """Another layer in between, and another forward."""
+    extend, other = Extend(MIXED), Extend([(200, 260, 30)], seed=1)
+    limits = extend.limits(max_rows=5)
+    plan, state = extend.plan(limits), extend.state(limits)
+    first = extend.run(plan, state)
+    other.check(other.run(other.plan(limits), state))
+    again = extend.run(plan, state)
+    assert [p.tolist() for p in again] == [p.tolist() for p in first]
+
+
+def test_a_block_does_not_depend_on_its_neighbours():
+    together, alone = Extend(MIXED), Extend(MIXED)
+    alone.blocks = alone.blocks[3:4]
+    assert alone.run()[0].tolist() == together.run()[3].tolist()
+
+
+def test_nan_in_a_query_keeps_the_lengths():
+    """A broken request gets some selection of the right length; the others get theirs."""
+    extend = Extend(MIXED)
+    broken = extend.blocks[1]
+    extend.query[broken.first_query + 3, 1] = torch.nan
+    found = extend.run()
+    positions = found.pop(1)
+    assert (positions.diff() > 0).all() and (positions >= 0).all()
+    extend.blocks.remove(broken)
+    extend.check(found)
+
+
+def test_plan():
+    """Row lengths, and the same pointers on both sides."""
+    extend = Extend(MIXED)
+    plan = extend.plan(extend.limits(max_rows=5))
+    lengths = [5 + item.budget + 12 + item.end - item.start for item in extend.blocks]
+    assert plan.kv_indptr_cpu.diff().tolist() == lengths and plan.kv_indptr_cpu[0] == 0
+    assert plan.kv_indptr_cpu.device.type == "cpu" and plan.kv_indptr_cpu.dtype == torch.int32
+    assert torch.equal(plan.kv_indptr.cpu(), plan.kv_indptr_cpu)
+    assert torch.equal(torch.cat([part.kv_indptr[:-1] for part in plan.parts]), plan.kv_indptr[:-1])
+    rows = [part.rows for part in plan.parts]
+    assert torch.cat([r.num_chosen for r in rows]).tolist() == [item.budget for item in extend.blocks]
+    assert torch.cat([r.kv_end for r in rows]).tolist() == [item.end for item in extend.blocks]
+    assert plan.kv_indptr.untyped_storage().data_ptr() == rows[1].kv_end.untyped_storage().data_ptr(), "one copy"
+
+
+def test_a_plan_of_nothing():
+    """All blocks are dense."""
+    extend = Extend([(100, 200, 20)])
+    limits, extend.blocks = extend.limits(), []
+    assert extend.run(extend.plan(limits)) == []
+
+
+ITEM = PrefillBlock(req_pool_idx=1, start=70, end=96, first_query=0, budget=40)
+
+
+@pytest.mark.parametrize(
+    ("item", "sizes", "message"),
+    [
+        ({"start": 57}, {}, r"blocks\[1\].start: expected more than 57, the window, got 57"),
+        ({"budget": 41}, {}, r"blocks\[1\].budget: expected 0 to 40, got 41"),
+        ({"budget": -1}, {}, r"blocks\[1\].budget: expected 0 to 40, got -1"),
+        ({"end": 70}, {}, r"blocks\[1\].end: expected 71 to 96, got 70"),
+        ({"end": 97}, {}, r"blocks\[1\].end: expected 71 to 96, got 97"),
+        ({"start": 97, "end": 101}, {}, r"blocks\[1\].end: expected 98 to 100, got 101"),
+        ({}, {"sub_block": 5}, "sub_block: expected a divisor of block=32, got 5"),
+        ({}, {"block": 48, "sub_block": 16}, "block // sub_block: expected a power of two up to 128, got 3"),
+        ({}, {"block": 256, "sub_block": 1}, "block // sub_block: expected a power of two up to 128, got 256"),
+    ],
+)
+def test_plan_refusals(item, sizes, message):
+    limits = WorkspaceLimits(max_rows=2, max_candidates=100, max_seq_len=100, max_budget=40)
+    sizes = {"block": 32, "sub_block": 8, "num_sink": 5, "num_local": 12, "num_qo_heads": 2, "device": DEVICE} | sizes
+    with pytest.raises(ValueError, match=message):
+        plan_prefill([ITEM, dataclasses.replace(ITEM, **item)], limits, **sizes)
+
+
+def int32(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32, device=DEVICE)
+
+
+def half(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workspace": Workspace(WorkspaceLimits(1, 365, 365, 40), DEVICE)}, "workspace.limits: expected .*max_rows=5"),
+        ({"kv_indices": int32(406)}, "kv_indices: expected 407 slots or more, got 406"),
+        ({"kv_indices": int32(900).long()}, "kv_indices: expected dtype torch.int32, got torch.int64"),
+        ({"means": half(19, 2, 64)}, "means: expected 20 rows or more, got 19"),
+        ({"means": half(20, 3, 64)}, r"out: expected shape \[20, 2, 64\], got \[20, 3, 64\]"),
+        ({"means": half(20, 2, 64, dtype=torch.bfloat16)}, "means: expected dtype torch.float16, got torch.bfloat16"),
+        ({"query": half(130, 2, 64).float()}, "query: expected dtype torch.bfloat16 or torch.float16"),
+        ({"vote_scale": -1.0}, "vote_scale: expected more than 0, got -1.0"),
+        ({"combine": "mean"}, "combine: expected 'max' or 'sum', got 'mean'"),
+    ],
+)
+def test_refusals(changes, message):
+    extend = Extend(MIXED[:1])
+    plan = extend.plan(extend.limits())
+    arguments = {
+        "query": extend.query,
+        "keys": extend.keys,
+        "plan": plan,
+        **extend.state(plan.limits),
+        "kv_indices": int32(500),
+        "num_sink": 5,
+        "vote_scale": 1.0,
+        "combine": "max",
+    }
+    with pytest.raises(ValueError, match=message):
+        select_blocks(**(arguments | changes))
+
+
+@BIG
+@pytest.mark.parametrize(("dtype", "key_dtype"), DTYPES)
+@pytest.mark.parametrize("combine", ["max", "sum"])
+def test_long_context(dtype, key_dtype, combine):
+    """A chunk after 131,072 tokens beside shorter requests, at the sizes of a server, in one part and in several."""
+    spans = [(131_072 - 50, 131_072 + 2048, 2048), (9_000, 9_901, 500), (20_000, 22_001, 8192)]
+    sizes = {"block": 128, "sub_block": 16, "num_sink": 128, "num_local": 512, "heads": (28, 4), "head_dim": 128}
+    extend = Extend(spans, dtype=dtype, key_dtype=key_dtype, **sizes)
+    found = extend.run(combine=combine)
+    extend.check(found, combine=combine)
+    parts = extend.plan(extend.limits(max_candidates=1_000_000))
+    assert len(parts.parts) > 2
+    extend.check(extend.run(parts, combine=combine), combine=combine)
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="a stream and an allocator of its own")
+def test_no_sync_and_no_allocation():
+    extend = Extend(MIXED, dtype=torch.bfloat16)
+    plan = extend.plan(extend.limits())
+    state = extend.state(plan.limits)
+    kv_indices = int32(int(plan.kv_indptr_cpu[-1]))
+    arguments = {"num_sink": 5, "vote_scale": 1.0, "combine": "max", "kv_indices": kv_indices, **state}
+    select_blocks(extend.query, extend.keys, plan, **arguments)
+    allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        extend.plan(plan.limits)
+        allocations_of_plan = torch.cuda.memory_stats()["allocation.all.allocated"] - allocations
+        select_blocks(extend.query, extend.keys, plan, **arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations + allocations_of_plan
+    assert allocations_of_plan == 1
