@@ -26,7 +26,7 @@ from .emit import emit
 from .paged_keys import PagedKeys
 from .rows import SelectionRows
 from .vote import take_scores
-from .workspace import Workspace, WorkspaceLimits, _num_multiprocessors
+from .workspace import Workspace, WorkspaceLimits, count_multiprocessors
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def plan_prefill(
     kv_indptr = [0, *accumulate(lengths)]
     # Who chooses nothing scores nothing.
     num_candidates = [item.start - num_local - num_sink if item.budget else 0 for item in blocks]
-    num_multiprocessors = _num_multiprocessors(device)
+    num_multiprocessors = count_multiprocessors(device)
     parts = []
     for span in _cut_parts([item.req_pool_idx for item in blocks], num_candidates, limits):
         scoring = plan_blocks(

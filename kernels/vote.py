@@ -17,14 +17,14 @@ from .workspace import LEAST, SUBTILE, TILE, DecodeWorkspace, Workspace, next_po
 VOTE_PROGRAMS = 8
 """Voting programs for each multiprocessor, of one warp each."""
 
-MAX_ROW_PROGRAMS = 512
-"""Voting programs of a row, at most: all of them meet in the same groups."""
+VOTE_TILES = 4
+"""Tiles that a voting program is worth, at least: all programs of a row meet in the same groups."""
 
 TAKE = 1024
 """Given scores that a program looks at at once."""
 
-TAKE_PROGRAMS = 4
-"""Programs for each multiprocessor that look at given scores."""
+TAKE_PROGRAMS = 1
+"""Programs for each multiprocessor that look at given scores: all of a row meet in the same groups."""
 
 BLOCK = 4096
 """Keys that a program of a search holds in registers."""
@@ -150,6 +150,7 @@ def _vote_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
+    start_next(PDL)
     row = tl.program_id(1)
     program = tl.program_id(0)
     num_candidates = tl.load(num_candidates_ptr + row)
@@ -191,7 +192,6 @@ def _vote_kernel(
         # the first of many ties are in groups of their own.
         groups = row.to(tl.int64) * NUM_GROUPS + (program * TILE + lanes) % NUM_GROUPS
         tl.atomic_max(maxima_ptr + groups, best, mask=best >= 0, sem="relaxed")
-    start_next(PDL)
 
 
 def vote(rows: SelectionRows, num_rows: int, workspace: DecodeWorkspace, *, part: int = 0) -> None:
@@ -201,9 +201,9 @@ def vote(rows: SelectionRows, num_rows: int, workspace: DecodeWorkspace, *, part
         part: as in :func:`score_decode`.
     """
     limits = workspace.limits
-    programs = previous_power_of_2(VOTE_PROGRAMS * workspace.num_multiprocessors // num_rows)
+    programs = min(VOTE_PROGRAMS * workspace.num_multiprocessors // num_rows, limits.tiles_per_row // VOTE_TILES)
     # The candidates of a program are then always in the same groups.
-    programs = max(min(programs, MAX_ROW_PROGRAMS), limits.num_groups // TILE)
+    programs = max(previous_power_of_2(programs), limits.num_groups // TILE)
     _vote_kernel[(programs, num_rows)](
         workspace.terms,
         workspace.subtile_max,
@@ -241,19 +241,19 @@ def _take_scores_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
+    start_next(PDL)
     row = tl.program_id(1)
     program = tl.program_id(0)
     num_candidates = tl.load(num_candidates_ptr + row)
     start = first_tile_of(row, num_candidates_ptr, ROWS, TILE).to(tl.int64)
     lanes = tl.arange(0, TAKE)
     best = tl.full([TAKE], -1, tl.int64)
-    for offset in range(program * TAKE, num_candidates, tl.num_programs(0) * TAKE):
+    for offset in tl.range(program * TAKE, num_candidates, tl.num_programs(0) * TAKE, num_stages=4):
         candidates = offset + lanes
         scores = tl.load(scores_ptr + start * TILE + candidates, mask=candidates < num_candidates, other=0)
         best = tl.maximum(best, vote_keys(scores, candidates, candidates < num_candidates))
     groups = row.to(tl.int64) * NUM_GROUPS + (program * TAKE + lanes) % NUM_GROUPS
     tl.atomic_max(maxima_ptr + groups, best, mask=best >= 0, sem="relaxed")
-    start_next(PDL)
 
 
 def take_scores(rows: SelectionRows, num_rows: int, workspace: Workspace) -> None:

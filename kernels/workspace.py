@@ -32,7 +32,7 @@ def previous_power_of_2(x: int) -> int:
     return 1 << (max(x, 1).bit_length() - 1)
 
 
-def _num_multiprocessors(device: torch.device | str) -> int:
+def count_multiprocessors(device: torch.device | str) -> int:
     if torch.device(device).type != "cuda":
         return 3  # the interpreter: few, and odd, so that work is cut at odd places
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -99,7 +99,7 @@ class Workspace:
 
     def __init__(self, limits: WorkspaceLimits, device: torch.device | str) -> None:
         self.limits = limits
-        self.num_multiprocessors = _num_multiprocessors(device)
+        self.num_multiprocessors = count_multiprocessors(device)
         self.pdl = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         rows, tiles = limits.max_rows, limits.num_tiles
         self.scores = torch.empty(tiles, TILE, dtype=torch.float32, device=device)

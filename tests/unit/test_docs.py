@@ -31,7 +31,9 @@ def test_the_readme_has_every_option():
     assert found.group(1) == options_table()
 
 
-@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "bench/needle/README.md", "bench/kernels/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "bench/needle/README.md", "bench/kernels/README.md"]
+)
 def test_links_and_paths_exist(document):
     text = (REPO / document).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
