@@ -77,7 +77,7 @@ class PrefillPlan:
         parts: what a workspace of ``limits`` holds at once, in order of the blocks.
         kv_indptr: [num_blocks + 1] int32 on the device, over all parts: where each block's slots go.
         kv_indptr_cpu: the same on the host, where FlashInfer plans the attention.
-        sub_block: tokens.
+        sub_block, num_sink: tokens.
     """
 
     parts: tuple[PrefillPart, ...]
@@ -85,6 +85,7 @@ class PrefillPlan:
     kv_indptr_cpu: torch.Tensor
     limits: WorkspaceLimits
     sub_block: int
+    num_sink: int
 
 
 def plan_prefill(
@@ -134,7 +135,7 @@ def plan_prefill(
         parts.append(_make_part([blocks[i] for i in span], scoring, part_indptr, num_local))
     kv_indptr_cpu = int32(kv_indptr)
     parts, kv_indptr = to_device((tuple(parts), kv_indptr_cpu), device)
-    return PrefillPlan(parts, kv_indptr, kv_indptr_cpu, limits, sub_block)
+    return PrefillPlan(parts, kv_indptr, kv_indptr_cpu, limits, sub_block, num_sink)
 
 
 def _check_block(
@@ -157,8 +158,7 @@ def _cut_parts(
     tile_indptr = count_tiles(num_candidates)
 
     def fits(first: int, stop: int) -> bool:
-        # A row belongs to the part that its first tile falls in.
-        return stop - first <= limits.max_rows and tile_indptr[stop - 1] - tile_indptr[first] < limits.part_tiles
+        return stop - first <= limits.max_rows and tile_indptr[stop] - tile_indptr[first] <= limits.num_tiles
 
     first = 0
     for run in request_runs(req_pool_indices):
@@ -202,7 +202,6 @@ def select_blocks(
     means: torch.Tensor,
     kv_indices: torch.Tensor,
     *,
-    num_sink: int,
     vote_scale: float,
     combine: Combine,
 ) -> None:
@@ -218,7 +217,6 @@ def select_blocks(
             float16 with float8 keys); overwritten. ``limits.max_rows`` times :func:`count_rows_per_block` rows are
             always enough.
         kv_indices: [>= kv_indptr[-1]] int32, written: sink, chosen, local and own slots, ascending in position.
-        num_sink: that of the plan.
         vote_scale: factor of the logits, which are *not* divided by sqrt(head_dim).
         combine: how the votes of a block's sub-blocks become one score.
 
@@ -244,7 +242,7 @@ def select_blocks(
             scoring,
             scratch,
             workspace.scores,
-            num_sink=num_sink,
+            num_sink=plan.num_sink,
             vote_scale=vote_scale,
             combine=combine,
         )
@@ -257,7 +255,7 @@ def select_blocks(
             workspace,
             part.kv_indptr,
             kv_indices,
-            num_sink=num_sink,
+            num_sink=plan.num_sink,
         )
 
 

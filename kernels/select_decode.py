@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import expect
+from .checks import HALF_DTYPES, expect
 from .decode_score import score_decode
 from .emit import emit
 from .paged_keys import PagedKeys
@@ -80,8 +80,9 @@ def _check(
         raise ValueError(
             f"query: expected {expected} with contiguous heads, got {tuple(query.shape)}, {query.stride()}"
         )
-    if query.dtype != keys.pool.dtype and keys.pool.dtype != torch.float8_e4m3fn:
-        raise ValueError(f"query.dtype: expected {keys.pool.dtype}, the keys', got {query.dtype}")
+    dtypes = HALF_DTYPES if keys.pool.dtype == torch.float8_e4m3fn else (keys.pool.dtype,)
+    if query.dtype not in dtypes:
+        raise ValueError(f"query.dtype: expected {' or '.join(map(str, dtypes))} for these keys, got {query.dtype}")
     if keys.num_kv_heads != workspace.num_kv_heads:
         raise ValueError(f"num_kv_heads: expected {workspace.num_kv_heads}, the workspace's, got {keys.num_kv_heads}")
     if cache.vote.shape[1] != limits.max_budget:

@@ -23,8 +23,8 @@ VOTE_TILES = 4
 TAKE = 1024
 """Given scores that a program looks at at once."""
 
-TAKE_PROGRAMS = 1
-"""Programs for each multiprocessor that look at given scores: all of a row meet in the same groups."""
+TAKE_PROGRAMS = 4
+"""Programs for each multiprocessor that look at given scores."""
 
 BLOCK = 4096
 """Keys that a program of a search holds in registers."""
@@ -241,19 +241,19 @@ def _take_scores_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
-    start_next(PDL)
     row = tl.program_id(1)
     program = tl.program_id(0)
     num_candidates = tl.load(num_candidates_ptr + row)
     start = first_tile_of(row, num_candidates_ptr, ROWS, TILE).to(tl.int64)
     lanes = tl.arange(0, TAKE)
     best = tl.full([TAKE], -1, tl.int64)
-    for offset in tl.range(program * TAKE, num_candidates, tl.num_programs(0) * TAKE, num_stages=4):
+    for offset in range(program * TAKE, num_candidates, tl.num_programs(0) * TAKE):
         candidates = offset + lanes
         scores = tl.load(scores_ptr + start * TILE + candidates, mask=candidates < num_candidates, other=0)
         best = tl.maximum(best, vote_keys(scores, candidates, candidates < num_candidates))
     groups = row.to(tl.int64) * NUM_GROUPS + (program * TAKE + lanes) % NUM_GROUPS
     tl.atomic_max(maxima_ptr + groups, best, mask=best >= 0, sem="relaxed")
+    start_next(PDL)
 
 
 def take_scores(rows: SelectionRows, num_rows: int, workspace: Workspace) -> None:

@@ -3,7 +3,7 @@
 
     python bench/kernels/plot.py bench/results/selection_h200.csv docs/selection_h200.png
 
-Takes the rows whose ``figure`` is "context", one panel per number of requests. The title's machine and
+Takes the rows whose ``figure`` is "context", one panel per number of requests and heads. The title's machine and
 problem come from the file's comment lines ``# gpu: ...`` and ``# setting: ...``.
 """
 
@@ -46,8 +46,13 @@ class Point:
     p80_us: float
 
 
-# Panels by number of requests, then series by name, in the file's order.
-Panels = dict[int, dict[str, list[Point]]]
+# Panels by title, then series by name, in the file's order.
+Panels = dict[str, dict[str, list[Point]]]
+
+
+def panel_title(row: dict[str, str]) -> str:
+    plural = "" if row["requests"] == "1" else "s"
+    return f"{row['requests']} request{plural}, query / KV heads {row['heads']}"
 
 
 def read_results(path: Path, figure: str) -> tuple[dict[str, str], Panels]:
@@ -58,7 +63,7 @@ def read_results(path: Path, figure: str) -> tuple[dict[str, str], Panels]:
     for row in csv.DictReader(line for line in lines if not line.startswith("#")):
         if row["figure"] == figure:
             point = Point(int(row["context"]), *(float(row[name]) for name in ("median_us", "p20_us", "p80_us")))
-            panels[int(row["requests"])][row["series"]].append(point)
+            panels[panel_title(row)][row["series"]].append(point)
     if not panels:
         raise SystemExit(f"{path} has no row whose figure is {figure!r}")
     return comments, panels
@@ -142,18 +147,19 @@ def draw(comments: dict[str, str], panels: Panels) -> Figure:
     width, height = PANEL_INCHES
     size = (width * len(panels) + LABEL_INCHES, height)
     figure, rows = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    last_panel = {name: requests for requests, series in panels.items() for name in series}
-    for axes, (requests, series) in zip(rows[0], panels.items(), strict=True):
+    last_panel = {name: panel for panel, series in panels.items() for name in series}
+    for axes, (panel, series) in zip(rows[0], panels.items(), strict=True):
         draw_panel(axes, series, styles)
-        axes.set_title(f"{requests} request{'s' if requests > 1 else ''}", loc="left", fontsize=10, color=INK)
+        axes.set_title(panel, loc="left", fontsize=10, color=INK)
     rows[0][0].set_ylabel("time per layer (µs)", color=INK)
     machine = ", ".join(comments[name] for name in ("gpu", "setting") if name in comments)
-    title = "Decode step of one attention layer: median, band from 20th to 80th percentile"
+    title = "Time to select one layer's tokens in a decode step (attention over them not included),\n"
+    title += "beside dense attention over all; median, band from 20th to 80th percentile"
     wrapped = textwrap.fill(machine, int(size[0] * LETTERS_PER_INCH))
     figure.suptitle(f"{title}\n{wrapped}", x=0.01, ha="left", fontsize=10, color=INK)
     figure.canvas.draw()  # the labels' places depend on the final scales
-    for axes, (requests, series) in zip(rows[0], panels.items(), strict=True):
-        label_ends(axes, {name: points for name, points in series.items() if last_panel[name] == requests}, styles)
+    for axes, (panel, series) in zip(rows[0], panels.items(), strict=True):
+        label_ends(axes, {name: points for name, points in series.items() if last_panel[name] == panel}, styles)
     return figure
 
 

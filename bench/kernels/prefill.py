@@ -57,7 +57,6 @@ class Chunk:
             self.scratch,
             self.means,
             self.kv_indices,
-            num_sink=WINDOW.num_sink,
             vote_scale=1.0,
             combine="max",
         )

@@ -128,7 +128,6 @@ class Extend:
             plan,
             **state,
             kv_indices=kv_indices,
-            num_sink=self.num_sink,
             vote_scale=vote_scale,
             combine=combine,
         )
@@ -246,8 +245,9 @@ def test_peaked_votes():
 
 PARTS = [
     pytest.param({"max_rows": 3}, [3, 2, 3, 1], id="rows-cut-a-request"),
-    # 16 tiles fit, and the blocks have 2, 2, 3, 3, 3; 1, 1, 1; 3. But a block may only begin in the first 14.
-    pytest.param({"max_candidates": 7 * TILE}, [5, 4], id="candidates"),
+    # 14 tiles fit, or 16, and the blocks have 2, 2, 3, 3, 3; 1, 1, 1; 3.
+    pytest.param({"max_candidates": 5 * TILE}, [5, 4], id="candidates"),
+    pytest.param({"max_candidates": 7 * TILE}, [8, 1], id="candidates-to-the-last-tile"),
 ]
 
 
@@ -368,7 +368,6 @@ def test_refusals(changes, message):
         "plan": plan,
         **extend.state(plan.limits),
         "kv_indices": int32(500),
-        "num_sink": 5,
         "vote_scale": 1.0,
         "combine": "max",
     }
@@ -397,7 +396,7 @@ def test_no_sync_and_no_allocation():
     plan = extend.plan(extend.limits())
     state = extend.state(plan.limits)
     kv_indices = int32(int(plan.kv_indptr_cpu[-1]))
-    arguments = {"num_sink": 5, "vote_scale": 1.0, "combine": "max", "kv_indices": kv_indices, **state}
+    arguments = {"vote_scale": 1.0, "combine": "max", "kv_indices": kv_indices, **state}
     select_blocks(extend.query, extend.keys, plan, **arguments)
     allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
     torch.cuda.set_sync_debug_mode("error")

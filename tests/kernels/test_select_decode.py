@@ -5,20 +5,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged import DEVICE, DecodeStep, PagedBatch, poison
+from accelerator import BIG, DEVICE, DTYPES
+from paged import DecodeStep, PagedBatch, poison
 
 from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.workspace import DecodeWorkspace, WorkspaceLimits
 
-NEEDS_CUDA = pytest.mark.skipif(DEVICE != "cuda", reason="bfloat16, float8 and large sizes need a GPU")
 WINDOW = Window(num_sink=5, budget=40, num_local=12)
-DTYPES = [
-    pytest.param(torch.float16, torch.float16, id="fp16"),
-    pytest.param(torch.bfloat16, torch.bfloat16, id="bf16", marks=NEEDS_CUDA),
-    pytest.param(torch.float16, torch.float8_e4m3fn, id="fp16-fp8keys", marks=NEEDS_CUDA),
-    pytest.param(torch.bfloat16, torch.float8_e4m3fn, id="bf16-fp8keys", marks=NEEDS_CUDA),
-]
 
 
 def check_step(step: DecodeStep) -> None:
@@ -104,7 +98,7 @@ def test_a_used_workspace_is_as_good_as_a_new_one():
     assert step.run() == first
 
 
-@NEEDS_CUDA
+@BIG
 @pytest.mark.parametrize(
     ("seq_lens", "budget"),
     [([131_072, 3_000, 65_537], 2048), ([1_048_576], 2048), ([40_000] * 33, 2048), ([131_072, 20_000], 8192)],
@@ -117,7 +111,7 @@ def test_large(seq_lens, budget, heads):
     check_step(DecodeStep(paged, Window(128, budget, 512)))
 
 
-@NEEDS_CUDA
+@BIG
 def test_large_with_heavy_ties():
     """All of 131,072 scores equal: more candidates reach the bound than are held at once."""
     paged = PagedBatch([131_072, 9_000], heads=(8, 2), head_dim=128, dtype=torch.bfloat16)

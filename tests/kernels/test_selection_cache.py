@@ -7,7 +7,8 @@ import random
 
 import pytest
 import torch
-from paged import DEVICE, DecodeStep, PagedBatch, poison
+from accelerator import DEVICE
+from paged import DecodeStep, PagedBatch, poison
 
 from sglang_tokenselect.kernels.reference.cache import CachedSelection
 from sglang_tokenselect.kernels.reference.window import Window

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerator import BIG, DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged import DEVICE, UNWRITTEN, poison
+from paged import UNWRITTEN, poison
 
 from sglang_tokenselect.kernels.emit import emit
 from sglang_tokenselect.kernels.reference.vote import rank_candidates
@@ -15,7 +16,6 @@ from sglang_tokenselect.kernels.rows import SelectionRows
 from sglang_tokenselect.kernels.vote import take_scores
 from sglang_tokenselect.kernels.workspace import TILE, Workspace, WorkspaceLimits
 
-NEEDS_CUDA = pytest.mark.skipif(DEVICE != "cuda", reason="large sizes need a GPU")
 NUM_SINK, NUM_LOCAL = 3, 4
 
 
@@ -113,7 +113,7 @@ def test_scores_that_are_no_numbers_rank_first_and_break_nothing():
     assert {17, 300, 401} < set(found) and len(set(found)) == 5
 
 
-@NEEDS_CUDA
+@BIG
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("counts", "max_budget"),

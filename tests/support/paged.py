@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from accelerator import DEVICE
 
 from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference.vote import soft_vote
@@ -13,7 +14,6 @@ from sglang_tokenselect.kernels.select_decode import select_decode
 from sglang_tokenselect.kernels.selection_cache import DecodeBatch, SelectionCache
 from sglang_tokenselect.kernels.workspace import DecodeWorkspace, Workspace, WorkspaceLimits
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNWRITTEN = -7
 # Terms are kept in bfloat16: 2**-9 of each vote, twice that where the interpreter cuts digits off.
 SCORE_RTOL = 1e-2
