@@ -42,7 +42,7 @@ class PassTuning:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launch shapes of both passes; the defaults were the fastest on an H200.
+    """Launch shapes of both passes; the defaults were the fastest of those tried on an H200, for 32/8 heads.
 
     A program waits for its own dots, so several must share a multiprocessor: one computes exponents while another
     multiplies. The registers of the second pass are what lets three in.

@@ -207,7 +207,7 @@ def _emit_kernel(
 
 
 def emit(
-    keys_table: torch.Tensor,
+    req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
     rows: SelectionRows,
     num_rows: int,
@@ -223,7 +223,7 @@ def emit(
     """Chooses among the bounded candidates and writes the slots of every row of one part.
 
     Args:
-        keys_table: `req_to_token`, [num_req_rows, max_context_len] int32.
+        req_to_token: [num_req_rows, max_context_len] int32.
         kv_indptr: [num_rows + 1] int32.
         kv_indices: [>= kv_indptr[-1]] int32, written.
         part: as in :func:`score_decode`; None: all rows, whose candidates the workspace holds together.
@@ -233,7 +233,7 @@ def emit(
     # One program for each multiprocessor or so, since each searches on its own.
     segments = min(previous_power_of_2(workspace.num_multiprocessors // num_rows), MAX_SEGMENTS)
     _emit_kernel[(segments, num_rows)](
-        keys_table,
+        req_to_token,
         req_pool_indices,
         kv_indptr,
         kv_indices,
@@ -255,7 +255,7 @@ def emit(
         num_sink,
         part or 0,
         EVERYTHING if part is None else limits.part_tiles,
-        keys_table.stride(0),
+        req_to_token.stride(0),
         limits.max_budget,
         HAS_CACHE=cache is not None,
         ROWS=next_power_of_2(num_rows),
