@@ -169,7 +169,7 @@ def plan_blocks(
     votes = _fit_rows(tuning.votes, longest_run, rows_per_block)
     blocks_per_tile = logsumexp.block_m // rows_per_block
     split_tokens = _choose_split(
-        [(num_qo_heads * -(-len(run) // blocks_per_tile), max(num_candidates[b] for b in run)) for run in runs],
+        [(num_qo_heads * triton.cdiv(len(run), blocks_per_tile), max(num_candidates[b] for b in run)) for run in runs],
         slots=num_multiprocessors * PROGRAMS_PER_SM,
     )
     tile_indptr = count_tiles(num_candidates)
@@ -200,7 +200,7 @@ def request_runs(req_pool_indices: Sequence[int]) -> list[range]:
 
 def count_tiles(num_candidates: Sequence[int]) -> list[int]:
     """[num_blocks + 1]: the first tile of each block, blocks packed in order, and the number of all tiles."""
-    return [0, *accumulate(-(-count // TILE) for count in num_candidates)]
+    return [0, *accumulate(triton.cdiv(count, TILE) for count in num_candidates)]
 
 
 def _fit_rows(tuning: PassTuning, longest_run: int, rows_per_block: int) -> PassTuning:
@@ -241,7 +241,7 @@ def _tile_rows(
         for tile in tiles:
             counts = num_candidates[tile.start : tile.stop]
             row_tiles.append((tile.start, len(tile), min(counts), max(counts)))
-        num_units += len(tiles) * -(-max(num_candidates[b] for b in run) // unit_tokens)
+        num_units += len(tiles) * triton.cdiv(max(num_candidates[b] for b in run), unit_tokens)
     requests.append((len(row_tiles), num_units))
     return Tiling(int32(row_tiles), int32(requests), num_units, tuning)
 

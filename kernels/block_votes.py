@@ -7,20 +7,15 @@ computes the logits again and adds up the votes of all heads in registers.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
 
 from .block_plan import BlockPlan, BlockScratch
-from .checks import HALF_DTYPES, expect
+from .checks import expect
 from .paged_keys import PagedKeys
+from .reference.prefill import Combine
 from .workspace import TILE
-
-LOG2_E = 1.4426950408889634
-
-Combine = Literal["max", "sum"]
 
 
 @triton.jit
@@ -343,15 +338,14 @@ def score_blocks(
         raise ValueError(f"combine: expected 'max' or 'sum', got {combine!r}")
     if not plan.num_tiles:
         return
-    scale = vote_scale * keys.k_scale * LOG2_E
+    scale = keys.logit_scale(vote_scale)
     _make_logsumexp(means, keys, plan, scratch, num_sink, scale)
     _add_votes(means, keys, plan, scratch, scores, num_sink, scale, combine)
 
 
 def _check(means: torch.Tensor, keys: PagedKeys, plan: BlockPlan, scratch: BlockScratch, scores: torch.Tensor) -> None:
     num_rows = plan.num_blocks * plan.rows_per_block
-    dtypes = [keys.pool.dtype] if keys.pool.dtype in HALF_DTYPES else HALF_DTYPES
-    expect("means", means, (num_rows, plan.num_qo_heads, keys.head_dim), *dtypes)
+    expect("means", means, (num_rows, plan.num_qo_heads, keys.head_dim), *keys.query_dtypes)
     if plan.num_qo_heads % keys.num_kv_heads:
         raise ValueError(f"num_qo_heads: expected a multiple of {keys.num_kv_heads}, got {plan.num_qo_heads}")
     expect("scores", scores, (None, TILE), torch.float32)

@@ -15,9 +15,7 @@ import triton.language as tl
 from .launch import start_next, wait_for_previous
 from .paged_keys import PagedKeys
 from .rows import SelectionRows, row_tiles
-from .workspace import LEAST, SUBTILE, TILE, DecodeWorkspace, next_power_of_2
-
-LOG2_E = 1.4426950408889634
+from .workspace import LEAST, SUBTILE, TILE, DecodeWorkspace
 
 
 @triton.jit
@@ -154,7 +152,7 @@ def score_decode(
         workspace.partition,
         num_rows,
         num_sink,
-        vote_scale * keys.k_scale * LOG2_E,
+        keys.logit_scale(vote_scale),
         part,
         workspace.limits.part_tiles,
         query.stride(0),
@@ -162,12 +160,12 @@ def score_decode(
         keys.req_to_token.stride(0),
         NUM_KV_HEADS=keys.num_kv_heads,
         GROUP=group,
-        GROUP_BLOCK=max(16, next_power_of_2(group)),
+        GROUP_BLOCK=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         TILE=TILE,
         SUBTILE=SUBTILE,
         LEAST=LEAST,
-        ROWS=next_power_of_2(num_rows),
+        ROWS=triton.next_power_of_2(num_rows),
         NUM_STAGES=7,
         PDL=workspace.pdl,
         launch_pdl=workspace.pdl,

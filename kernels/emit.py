@@ -14,8 +14,8 @@ import triton.language as tl
 from .launch import start_next, wait_for_previous
 from .rows import SelectionRows, first_tile_of
 from .selection_cache import SelectionCache
-from .vote import BLOCK, find_threshold, vote_keys
-from .workspace import MAX_SEGMENTS, TILE, Workspace, next_power_of_2, previous_power_of_2
+from .vote_keys import BLOCK, find_threshold, vote_keys
+from .workspace import MAX_SEGMENTS, TILE, Workspace, previous_power_of_2
 
 EVERYTHING = 2**30
 """Tiles of a part that holds all rows."""
@@ -258,13 +258,13 @@ def emit(
         req_to_token.stride(0),
         limits.max_budget,
         HAS_CACHE=cache is not None,
-        ROWS=next_power_of_2(num_rows),
+        ROWS=triton.next_power_of_2(num_rows),
         TILE=TILE,
         NUM_GROUPS=limits.num_groups,
         SEGMENTS=segments,
         SCAN=SCAN,
         BLOCK=BLOCK,
-        VOTE_BLOCK=next_power_of_2(limits.max_budget),
+        VOTE_BLOCK=triton.next_power_of_2(limits.max_budget),
         PDL=workspace.pdl,
         launch_pdl=workspace.pdl,
         num_warps=8,

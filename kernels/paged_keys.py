@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+from .checks import HALF_DTYPES
+
+KEY_DTYPES = (*HALF_DTYPES, torch.float8_e4m3fn)
+LOG2_E = 1.4426950408889634
 HEAD_DIMS = (64, 128)
 
 
@@ -40,6 +43,15 @@ class PagedKeys:
             raise ValueError(f"pool.stride(): expected contiguous heads, got {pool.stride()}")
         if table.dtype != torch.int32 or table.dim() != 2 or table.stride(1) != 1:
             raise ValueError(f"req_to_token: expected int32 rows, got {table.dtype} with strides {table.stride()}")
+
+    @property
+    def query_dtypes(self) -> tuple[torch.dtype, ...]:
+        """What queries may be: as the keys are, or any half type beside float8 keys, which are converted to it."""
+        return (self.pool.dtype,) if self.pool.dtype in HALF_DTYPES else HALF_DTYPES
+
+    def logit_scale(self, vote_scale: float) -> float:
+        """What a dot with a stored key is multiplied by, so that ``exp2`` of it is ``exp`` of the logit."""
+        return vote_scale * self.k_scale * LOG2_E
 
     @property
     def num_kv_heads(self) -> int:

@@ -20,10 +20,11 @@ from .block_plan import (
     request_runs,
     to_device,
 )
-from .block_votes import Combine, score_blocks
+from .block_votes import score_blocks
 from .checks import expect
 from .emit import emit
 from .paged_keys import PagedKeys
+from .reference.prefill import Combine
 from .rows import SelectionRows
 from .vote import take_scores
 from .workspace import Workspace, WorkspaceLimits, count_multiprocessors
@@ -77,6 +78,8 @@ class PrefillPlan:
         parts: what a workspace of ``limits`` holds at once, in order of the blocks.
         kv_indptr: [num_blocks + 1] int32 on the device, over all parts: where each block's slots go.
         kv_indptr_cpu: the same on the host, where FlashInfer plans the attention.
+        num_slots: ``kv_indptr[-1]``, on the host.
+        num_means: rows of means of the largest part.
         sub_block, num_sink: tokens.
     """
 
@@ -84,6 +87,8 @@ class PrefillPlan:
     kv_indptr: torch.Tensor
     kv_indptr_cpu: torch.Tensor
     limits: WorkspaceLimits
+    num_slots: int
+    num_means: int
     sub_block: int
     num_sink: int
 
@@ -135,7 +140,8 @@ def plan_prefill(
         parts.append(_make_part([blocks[i] for i in span], scoring, part_indptr, num_local))
     kv_indptr_cpu = int32(kv_indptr)
     parts, kv_indptr = to_device((tuple(parts), kv_indptr_cpu), device)
-    return PrefillPlan(parts, kv_indptr, kv_indptr_cpu, limits, sub_block, num_sink)
+    num_means = max((part.scoring.num_blocks for part in parts), default=0) * rows_per_block
+    return PrefillPlan(parts, kv_indptr, kv_indptr_cpu, limits, sum(lengths), num_means, sub_block, num_sink)
 
 
 def _check_block(
@@ -263,9 +269,7 @@ def _check(plan: PrefillPlan, workspace: Workspace, means: torch.Tensor, kv_indi
     if workspace.limits != plan.limits:
         raise ValueError(f"workspace.limits: expected {plan.limits}, the plan's, got {workspace.limits}")
     expect("kv_indices", kv_indices, (None,), torch.int32)
-    num_slots = int(plan.kv_indptr_cpu[-1])
-    if kv_indices.shape[0] < num_slots:
-        raise ValueError(f"kv_indices: expected {num_slots} slots or more, got {kv_indices.shape[0]}")
-    num_rows = max((part.scoring.num_blocks * part.scoring.rows_per_block for part in plan.parts), default=0)
-    if means.shape[0] < num_rows:
-        raise ValueError(f"means: expected {num_rows} rows or more, got {means.shape[0]}")
+    if kv_indices.shape[0] < plan.num_slots:
+        raise ValueError(f"kv_indices: expected {plan.num_slots} slots or more, got {kv_indices.shape[0]}")
+    if means.shape[0] < plan.num_means:
+        raise ValueError(f"means: expected {plan.num_means} rows or more, got {means.shape[0]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import HALF_DTYPES, expect
+from .checks import expect
 from .decode_score import score_decode
 from .emit import emit
 from .paged_keys import PagedKeys
@@ -80,9 +80,9 @@ def _check(
         raise ValueError(
             f"query: expected {expected} with contiguous heads, got {tuple(query.shape)}, {query.stride()}"
         )
-    dtypes = HALF_DTYPES if keys.pool.dtype == torch.float8_e4m3fn else (keys.pool.dtype,)
-    if query.dtype not in dtypes:
-        raise ValueError(f"query.dtype: expected {' or '.join(map(str, dtypes))} for these keys, got {query.dtype}")
+    if query.dtype not in keys.query_dtypes:
+        expected_dtypes = " or ".join(map(str, keys.query_dtypes))
+        raise ValueError(f"query.dtype: expected {expected_dtypes} for these keys, got {query.dtype}")
     if keys.num_kv_heads != workspace.num_kv_heads:
         raise ValueError(f"num_kv_heads: expected {workspace.num_kv_heads}, the workspace's, got {keys.num_kv_heads}")
     if cache.vote.shape[1] != limits.max_budget:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .launch import start_next, wait_for_previous
 from .rows import SelectionRows
-from .workspace import Workspace, next_power_of_2
+from .workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def begin_decode(
         num_local,
         query.stride(0),
         QUERY_SIZE=query_size,
-        QUERY_BLOCK=next_power_of_2(query_size),
+        QUERY_BLOCK=triton.next_power_of_2(query_size),
         PDL=workspace.pdl,
         launch_pdl=workspace.pdl,
         num_warps=8,

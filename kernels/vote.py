@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The soft vote (paper, section 3.2, Eq. 7), and a first bound on who is chosen.
-
-Candidates are compared by *vote keys*: ``(bits of the float32 score << 32) | (2**31 - 1 - candidate)``. Scores
-are not negative, so keys order as scores do, ties go to the lower position, and no two keys are equal.
-"""
+"""The soft vote (paper, section 3.2, Eq. 7), and the groups' maxima that bound who is chosen."""
 
 from __future__ import annotations
 
@@ -12,83 +8,20 @@ import triton.language as tl
 
 from .launch import start_next, wait_for_previous
 from .rows import SelectionRows, first_tile_of
-from .workspace import LEAST, SUBTILE, TILE, DecodeWorkspace, Workspace, next_power_of_2, previous_power_of_2
+from .vote_keys import vote_keys
+from .workspace import LEAST, SUBTILE, TILE, DecodeWorkspace, Workspace, previous_power_of_2
 
 VOTE_PROGRAMS = 8
 """Voting programs for each multiprocessor, of one warp each."""
 
-VOTE_TILES = 4
-"""Tiles that a voting program is worth, at least: all programs of a row meet in the same groups."""
+MAX_ROW_PROGRAMS = 512
+"""Voting programs of a row, at most: all of them meet in the same groups."""
 
 TAKE = 1024
 """Given scores that a program looks at at once."""
 
 TAKE_PROGRAMS = 4
 """Programs for each multiprocessor that look at given scores."""
-
-BLOCK = 4096
-"""Keys that a program of a search holds in registers."""
-
-
-@triton.jit
-def vote_keys(scores, candidates, valid):
-    """Keys of scores, -1 where not valid. What is not a number ranks with infinity."""
-    bits = tl.minimum(tl.maximum(scores.to(tl.int32, bitcast=True), 0), 0x7F800000).to(tl.int64)
-    return tl.where(valid, (bits << 32) | (0x7FFFFFFF - candidates), -1)
-
-
-@triton.jit
-def _half(keys, top, TIES: tl.constexpr):
-    """What is searched, in 32 bits: the score's bits of each key, or the lower half of those that tie at ``top``."""
-    bits = (keys >> 32).to(tl.int32)
-    if TIES:
-        return tl.where(bits == top, (keys & 0x7FFFFFFF).to(tl.int32), -1)
-    return bits
-
-
-@triton.jit
-def _count(held, keys_ptr, num_keys, top, threshold, TIES: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys that reach the threshold: the first BLOCK are held in registers, more are read again."""
-    count = tl.sum((_half(held, top, TIES) >= threshold).to(tl.int32))
-    for start in range(BLOCK, num_keys, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        keys = tl.load(keys_ptr + offs, mask=offs < num_keys, other=-1)
-        count += tl.sum((_half(keys, top, TIES) >= threshold).to(tl.int32))
-    return count
-
-
-@triton.jit
-def _bisect(held, keys_ptr, num_keys, top, wanted, slack, TIES: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest threshold found that ``wanted`` keys reach, and how many do."""
-    most = 0x7FFFFFFF
-    half = _half(held, top, TIES)
-    # All are between the least and the largest, if all are held.
-    low = tl.where(num_keys > BLOCK, 0, tl.min(tl.where(half >= 0, half, most)))
-    high = tl.where(num_keys > BLOCK, most, tl.maximum(tl.max(half), 0) + 1)
-    count = _count(held, keys_ptr, num_keys, top, low, TIES, BLOCK)
-    while (count > wanted + slack) & (high - low > 1):
-        middle = low + ((high - low) >> 1)
-        reached = _count(held, keys_ptr, num_keys, top, middle, TIES, BLOCK)
-        if reached >= wanted:
-            low = middle
-            count = reached
-        else:
-            high = middle
-    return low, count
-
-
-@triton.jit
-def find_threshold(held, keys_ptr, num_keys, wanted, slack, BLOCK: tl.constexpr):
-    """A key that ``wanted`` to ``wanted + slack`` of the keys reach; wanted is at most num_keys.
-
-    First by score alone, in 32 bits; only if ties are left between too few and too many, by position.
-    """
-    top, count = _bisect(held, keys_ptr, num_keys, 0, wanted, slack, False, BLOCK)
-    lower_half = tl.zeros([], tl.int32)
-    if count > wanted + slack:
-        above = _count(held, keys_ptr, num_keys, 0, top + 1, False, BLOCK)
-        lower_half, _ = _bisect(held, keys_ptr, num_keys, top, wanted - above, slack, True, BLOCK)
-    return (top.to(tl.int64) << 32) | lower_half
 
 
 @triton.jit
@@ -150,7 +83,6 @@ def _vote_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
-    start_next(PDL)
     row = tl.program_id(1)
     program = tl.program_id(0)
     num_candidates = tl.load(num_candidates_ptr + row)
@@ -192,6 +124,7 @@ def _vote_kernel(
         # the first of many ties are in groups of their own.
         groups = row.to(tl.int64) * NUM_GROUPS + (program * TILE + lanes) % NUM_GROUPS
         tl.atomic_max(maxima_ptr + groups, best, mask=best >= 0, sem="relaxed")
+    start_next(PDL)
 
 
 def vote(rows: SelectionRows, num_rows: int, workspace: DecodeWorkspace, *, part: int = 0) -> None:
@@ -201,9 +134,9 @@ def vote(rows: SelectionRows, num_rows: int, workspace: DecodeWorkspace, *, part
         part: as in :func:`score_decode`.
     """
     limits = workspace.limits
-    programs = min(VOTE_PROGRAMS * workspace.num_multiprocessors // num_rows, limits.tiles_per_row // VOTE_TILES)
+    programs = previous_power_of_2(VOTE_PROGRAMS * workspace.num_multiprocessors // num_rows)
     # The candidates of a program are then always in the same groups.
-    programs = max(previous_power_of_2(programs), limits.num_groups // TILE)
+    programs = max(min(programs, MAX_ROW_PROGRAMS), limits.num_groups // TILE)
     _vote_kernel[(programs, num_rows)](
         workspace.terms,
         workspace.subtile_max,
@@ -216,13 +149,13 @@ def vote(rows: SelectionRows, num_rows: int, workspace: DecodeWorkspace, *, part
         part,
         limits.part_tiles,
         NUM_HEADS=workspace.num_qo_heads,
-        HEADS_BLOCK=next_power_of_2(workspace.num_qo_heads),
+        HEADS_BLOCK=triton.next_power_of_2(workspace.num_qo_heads),
         PARTIALS=16,
         LEAST=LEAST,
         TILE=TILE,
         SUBTILE=SUBTILE,
         NUM_GROUPS=limits.num_groups,
-        ROWS=next_power_of_2(num_rows),
+        ROWS=triton.next_power_of_2(num_rows),
         PDL=workspace.pdl,
         launch_pdl=workspace.pdl,
         num_warps=1,
@@ -272,7 +205,7 @@ def take_scores(rows: SelectionRows, num_rows: int, workspace: Workspace) -> Non
         TILE=TILE,
         NUM_GROUPS=num_groups,
         TAKE=take,
-        ROWS=next_power_of_2(num_rows),
+        ROWS=triton.next_power_of_2(num_rows),
         PDL=workspace.pdl,
         launch_pdl=workspace.pdl,
         num_warps=4,

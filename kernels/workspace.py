@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 
 TILE = 128
 """Candidates scored at once; a row's scores are stored in whole tiles."""
@@ -22,10 +23,6 @@ SCORE_PROGRAMS = 2
 
 MAX_SEGMENTS = 64
 """Programs that compact one row's candidates, at most; each owns one segment of the row."""
-
-
-def next_power_of_2(x: int) -> int:
-    return 1 << (x - 1).bit_length()
 
 
 def previous_power_of_2(x: int) -> int:
@@ -69,12 +66,12 @@ class WorkspaceLimits:
 
     @property
     def tiles_per_row(self) -> int:
-        return -(-self.max_seq_len // TILE)
+        return triton.cdiv(self.max_seq_len, TILE)
 
     @property
     def num_tiles(self) -> int:
         """Tiles held at once; each row may waste part of its last one."""
-        return -(-self.max_candidates // TILE) + self.max_rows
+        return triton.cdiv(self.max_candidates, TILE) + self.max_rows
 
     @property
     def part_tiles(self) -> int:
@@ -88,7 +85,7 @@ class WorkspaceLimits:
     @property
     def num_groups(self) -> int:
         """Groups of candidates whose maxima bound the selection: twice the largest budget."""
-        return max(2 * next_power_of_2(self.max_budget), TILE)
+        return max(2 * triton.next_power_of_2(self.max_budget), TILE)
 
 
 class Workspace:
@@ -110,10 +107,6 @@ class Workspace:
         self.maxima = torch.full((rows, limits.num_groups), -1, dtype=torch.int64, device=device)
         # Programs that are done with their segment; the last one chooses, and sets this back to 0.
         self.arrivals = torch.zeros(rows, dtype=torch.int32, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
 
 
 class DecodeWorkspace(Workspace):

@@ -12,7 +12,6 @@ from per_head import per_head_select
 from timing import Timing, time_layers
 
 from sglang_tokenselect.kernels.decode_score import score_decode
-from sglang_tokenselect.kernels.emit import emit
 from sglang_tokenselect.kernels.selection_cache import begin_decode
 from sglang_tokenselect.kernels.vote import vote
 
@@ -72,18 +71,7 @@ def stages(model: DecodeLayers) -> dict[str, list]:
 
     def finish() -> None:
         vote(rows, count, workspace)
-        emit(
-            model.layers[0].table,
-            batch.req_pool_indices,
-            rows,
-            count,
-            workspace,
-            batch.kv_indptr,
-            model.kv_indices,
-            num_sink=WINDOW.num_sink,
-            cache=model.caches[0],
-            cache_slots=batch.cache_slots,
-        )
+        model.emit(cache=model.caches[0], cache_slots=batch.cache_slots)
 
     return {
         "cache test": [
@@ -97,16 +85,8 @@ def stages(model: DecodeLayers) -> dict[str, list]:
 
 def time_hits(shape: Shape) -> Timing:
     """Every step is one token later than the step before, as in a server."""
-    model = DecodeLayers(Shape(shape.requests, shape.context, shape.num_qo_heads, shape.num_kv_heads), 1)
-    # A hit reads no keys: one layer's serve all, with a cache and a query for each.
-    first, size = model.layers[0], model.caches[0].query.shape[1]
-    for _ in range(HIT_LAYERS - 1):
-        layer = object.__new__(type(first))
-        layer.table, layer.keys, layer.query = first.table, first.keys, torch.randn_like(first.query)
-        model.layers.append(layer)
-        model.caches.append(
-            type(model.caches[0]).create(shape.requests, size, WINDOW.budget, first.query.dtype, "cuda")
-        )
+    # A hit reads no keys: one layer's serve all.
+    model = DecodeLayers(shape, HIT_LAYERS, share_keys=True)
     for index in range(HIT_LAYERS):
         model.select(index)
     model.batch.theta.fill_(-1.0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from sglang_tokenselect.kernels.emit import emit  # noqa: E402
 from sglang_tokenselect.kernels.paged_keys import PagedKeys  # noqa: E402
 from sglang_tokenselect.kernels.reference.vote import soft_vote  # noqa: E402
 from sglang_tokenselect.kernels.reference.window import Window  # noqa: E402
@@ -46,11 +47,24 @@ class Shape:
 class Layer:
     """Random keys, values and queries; slots in random order, the worst that a pool comes to."""
 
-    def __init__(self, shape: Shape, *, values: bool = False, num_queries: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        values: bool = False,
+        num_queries: int | None = None,
+        keys: PagedKeys | None = None,
+    ) -> None:
+        """
+        Args:
+            keys: those of another layer, for a layer that reads none.
+        """
         count = shape.requests * (shape.context + ROOM)
         size = (count, shape.num_kv_heads, HEAD_DIM)
-        self.table = torch.randperm(count, device="cuda").to(torch.int32).view(shape.requests, -1)
-        self.keys = PagedKeys(torch.randn(size, device="cuda", dtype=DTYPE), self.table)
+        if keys is None:
+            table = torch.randperm(count, device="cuda").to(torch.int32).view(shape.requests, -1)
+            keys = PagedKeys(torch.randn(size, device="cuda", dtype=DTYPE), table)
+        self.keys, self.table = keys, keys.req_to_token
         self.values = torch.randn(size, device="cuda", dtype=DTYPE) if values else None
         self.query = torch.randn(
             num_queries or shape.requests, shape.num_qo_heads, HEAD_DIM, device="cuda", dtype=DTYPE
@@ -62,9 +76,11 @@ class Layer:
 class DecodeLayers:
     """What a server keeps for the decode steps of some layers."""
 
-    def __init__(self, shape: Shape, num_layers: int, *, values: bool = False) -> None:
+    def __init__(self, shape: Shape, num_layers: int, *, values: bool = False, share_keys: bool = False) -> None:
         self.shape = shape
-        self.layers = [Layer(shape, values=values) for _ in range(num_layers)]
+        self.layers = [Layer(shape, values=values)]
+        keys = self.layers[0].keys if share_keys else None
+        self.layers += [Layer(shape, values=values, keys=keys) for _ in range(num_layers - 1)]
         limits = WorkspaceLimits(
             shape.requests, shape.requests * (shape.context + ROOM), shape.context + ROOM, WINDOW.budget
         )
@@ -97,6 +113,20 @@ class DecodeLayers:
             self.kv_indices,
             num_sink=WINDOW.num_sink,
             num_local=WINDOW.num_local,
+        )
+
+    def emit(self, **cache: object) -> None:
+        """The last launch of the first layer alone."""
+        emit(
+            self.layers[0].table,
+            self.batch.req_pool_indices,
+            self.rows,
+            len(self.batch),
+            self.workspace,
+            self.batch.kv_indptr,
+            self.kv_indices,
+            num_sink=WINDOW.num_sink,
+            **cache,
         )
 
     def check(self) -> None:

@@ -9,7 +9,6 @@ from layers import WINDOW, DecodeLayers, Shape
 from peers import flashinfer_topk, flashinfer_topk_page_table, sgl_fast_topk, torch_topk
 from timing import time_layers
 
-from sglang_tokenselect.kernels.emit import emit
 from sglang_tokenselect.kernels.vote import take_scores
 
 SHAPES = [Shape(1, 32_768), Shape(1, 131_072), Shape(8, 131_072), Shape(32, 32_768), Shape(1, 1_048_576)]
@@ -19,7 +18,7 @@ REPEATS = 8  # calls in a graph: scores are in L2 in all but the first, as they 
 def measure(shape: Shape) -> list[dict[str, object]]:
     model = DecodeLayers(shape, 1)
     model.check()
-    batch, rows, workspace, count = model.batch, model.rows, model.workspace, shape.requests
+    rows, workspace, count = model.rows, model.workspace, shape.requests
     table = model.layers[0].table
     candidates = int(rows.num_candidates[0])
     tiles = -(-candidates // workspace.scores.shape[1])
@@ -28,16 +27,7 @@ def measure(shape: Shape) -> list[dict[str, object]]:
 
     def ours() -> None:
         take_scores(rows, count, workspace)
-        emit(
-            table,
-            batch.req_pool_indices,
-            rows,
-            count,
-            workspace,
-            batch.kv_indptr,
-            model.kv_indices,
-            num_sink=WINDOW.num_sink,
-        )
+        model.emit()
 
     ours()
     if not torch.equal(model.kv_indices, expected):
