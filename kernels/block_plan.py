@@ -6,13 +6,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 import triton
 
-from .workspace import TILE
+from .workspace import TILE, count_tiles
 
 MAX_ROWS_PER_BLOCK = 128
 
@@ -196,11 +195,6 @@ def request_runs(req_pool_indices: Sequence[int]) -> list[range]:
         else:
             runs.append(range(block, block + 1))
     return runs
-
-
-def count_tiles(num_candidates: Sequence[int]) -> list[int]:
-    """[num_blocks + 1]: the first tile of each block, blocks packed in order, and the number of all tiles."""
-    return [0, *accumulate(triton.cdiv(count, TILE) for count in num_candidates)]
 
 
 def _fit_rows(tuning: PassTuning, longest_run: int, rows_per_block: int) -> PassTuning:

@@ -14,11 +14,11 @@ import triton.language as tl
 
 from .launch import start_next, wait_for_previous
 from .paged_keys import PagedKeys
-from .rows import SelectionRows, row_tiles
+from .rows import SelectionRows, row_tiles, rows_block
 from .workspace import LEAST, SUBTILE, TILE, DecodeWorkspace
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "part"])
 def _decode_score_kernel(
     query_ptr,
     key_ptr,
@@ -165,7 +165,7 @@ def score_decode(
         TILE=TILE,
         SUBTILE=SUBTILE,
         LEAST=LEAST,
-        ROWS=triton.next_power_of_2(num_rows),
+        ROWS=rows_block(num_rows),
         NUM_STAGES=7,
         PDL=workspace.pdl,
         launch_pdl=workspace.pdl,

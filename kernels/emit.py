@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .launch import start_next, wait_for_previous
-from .rows import SelectionRows, first_tile_of
+from .rows import SelectionRows, first_tile_of, rows_block
 from .selection_cache import SelectionCache
 from .vote_keys import BLOCK, find_threshold, vote_keys
 from .workspace import MAX_SEGMENTS, TILE, Workspace, previous_power_of_2
@@ -98,11 +98,15 @@ def _reuse(vote_ptr, vote_len_ptr, cut_ptr, num_chosen, slots_ptr, out_ptr, max_
     _write_chosen(keys, cut, slots_ptr, out_ptr, vote_ptr, False)
 
 
-@triton.jit
+# Layers' views of stacked entries are not aligned alike.
+@triton.jit(
+    do_not_specialize=["part"],
+    do_not_specialize_on_alignment=["cached_vote_len_ptr", "cached_cut_ptr"],
+)
 def _emit_kernel(
     req_to_token_ptr,
     req_pool_indices_ptr,
-    kv_indptr_ptr,
+    kv_start_ptr,
     kv_indices_ptr,
     num_candidates_ptr,
     num_chosen_ptr,
@@ -143,11 +147,12 @@ def _emit_kernel(
     tail_start = tl.load(tail_start_ptr + row)
     kv_end = tl.load(kv_end_ptr + row)
     req = tl.load(req_pool_indices_ptr + row).to(tl.int64)
-    out_ptr = kv_indices_ptr + tl.load(kv_indptr_ptr + row)
+    out_ptr = kv_indices_ptr + tl.load(kv_start_ptr + row)
     start = first_tile_of(row, num_candidates_ptr, ROWS, TILE)
     slots_ptr = req_to_token_ptr + req * stride_table_row
     lanes = tl.arange(0, BLOCK)
-    if start // part_tiles == part:
+    # A row that needs no scores has no place in the scratch: the first part writes it.
+    if tl.where(num_candidates > 0, start // part_tiles, 0) == part:
         if segment == SEGMENTS - 1:
             _copy_ends(slots_ptr, out_ptr, num_sink, num_chosen, tail_start, kv_end, 1024)
 
@@ -212,7 +217,7 @@ def emit(
     rows: SelectionRows,
     num_rows: int,
     workspace: Workspace,
-    kv_indptr: torch.Tensor,
+    kv_start: torch.Tensor,
     kv_indices: torch.Tensor,
     *,
     num_sink: int,
@@ -222,11 +227,14 @@ def emit(
 ) -> None:
     """Chooses among the bounded candidates and writes the slots of every row of one part.
 
+    A row with ``kv_end`` 0 and no candidates gets no slots: nothing is written for it.
+
     Args:
         req_to_token: [num_req_rows, max_context_len] int32.
-        kv_indptr: [num_rows + 1] int32.
-        kv_indices: [>= kv_indptr[-1]] int32, written.
-        part: as in :func:`score_decode`; None: all rows, whose candidates the workspace holds together.
+        kv_start: [>= num_rows] int32, where in ``kv_indices`` each row's slots begin; an indptr will do.
+        kv_indices: int32, written: as many slots of each row as it attends to.
+        part: as in :func:`score_decode`, and part 0 has the rows without candidates; None: all rows, whose
+            candidates the workspace holds together.
         cache: entries that rows reuse or leave their vote in; needs ``cache_slots``, [num_rows] int32.
     """
     limits = workspace.limits
@@ -235,7 +243,7 @@ def emit(
     _emit_kernel[(segments, num_rows)](
         req_to_token,
         req_pool_indices,
-        kv_indptr,
+        kv_start,
         kv_indices,
         rows.num_candidates,
         rows.num_chosen,
@@ -258,7 +266,7 @@ def emit(
         req_to_token.stride(0),
         limits.max_budget,
         HAS_CACHE=cache is not None,
-        ROWS=triton.next_power_of_2(num_rows),
+        ROWS=rows_block(num_rows),
         TILE=TILE,
         NUM_GROUPS=limits.num_groups,
         SEGMENTS=segments,

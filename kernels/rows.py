@@ -37,6 +37,11 @@ class SelectionRows:
         return cls(*torch.empty(5, max_rows, dtype=torch.int32, device=device))
 
 
+def rows_block(num_rows: int) -> int:
+    """The block of rows that a kernel is compiled for, ``num_rows`` or more: few sizes, so few compilations."""
+    return next((size for size in (16, 256, 4096) if num_rows <= size), triton.next_power_of_2(num_rows))
+
+
 @triton.jit
 def row_tiles(num_candidates_ptr, num_rows, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Scratch layout: each row's first tile and the one after its last, rows packed in order: [ROWS] each."""

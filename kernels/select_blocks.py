@@ -14,7 +14,6 @@ from .block_plan import (
     BlockPlan,
     BlockScratch,
     count_rows_per_block,
-    count_tiles,
     int32,
     plan_blocks,
     request_runs,
@@ -27,21 +26,23 @@ from .paged_keys import PagedKeys
 from .reference.prefill import Combine
 from .rows import SelectionRows
 from .vote import take_scores
-from .workspace import Workspace, WorkspaceLimits, count_multiprocessors
+from .workspace import Workspace, WorkspaceLimits, count_multiprocessors, count_tiles
 
 
 @dataclass(frozen=True)
 class PrefillBlock:
-    """Queries of an extend that share one selection (spec, "Selection in prefill").
+    """Queries of an extend that share one selection (spec, "Selection in prefill"), or that need none.
 
     A block attends to the sink, to ``budget`` tokens that it chooses, to the ``num_local`` tokens before it and to
-    itself.
+    itself. A *dense* one, of budget -1, attends to everything before it and to itself, and the caller writes its
+    slots: those of positions [0, end).
 
     Attributes:
         req_pool_idx: row of ``req_to_token``.
-        start, end: positions [start, end) of its queries, within one multiple of the block size.
+        start, end: positions [start, end) of its queries, within one multiple of the block size; any positions if
+            dense.
         first_query: index of its first query among the queries of the forward.
-        budget: tokens to choose, less than its candidates.
+        budget: tokens to choose, less than its candidates; -1: dense.
     """
 
     req_pool_idx: int
@@ -50,16 +51,26 @@ class PrefillBlock:
     first_query: int
     budget: int
 
+    @property
+    def is_dense(self) -> bool:
+        return self.budget == -1
+
+    def num_slots(self, num_sink: int, num_local: int) -> int:
+        """Tokens that it attends to."""
+        if self.is_dense:
+            return self.end
+        return num_sink + self.budget + num_local + self.end - self.start
+
 
 @dataclass(frozen=True)
 class PrefillPart:
-    """Blocks that are selected at once. All tensors are int32 on the device.
+    """Blocks that are selected at once, none of them dense. All tensors are int32 on the device.
 
     Attributes:
         first_query, num_queries, start: [num_blocks], for :func:`mean_queries`.
         scoring: for :func:`score_blocks`.
         rows: for :func:`take_scores` and :func:`emit`, one for each block.
-        kv_indptr: [num_blocks + 1], the part's piece of the plan's.
+        kv_start: [num_blocks], where each block's slots begin, of the plan's ``kv_indptr``.
     """
 
     first_query: torch.Tensor
@@ -67,7 +78,7 @@ class PrefillPart:
     start: torch.Tensor
     scoring: BlockPlan
     rows: SelectionRows
-    kv_indptr: torch.Tensor
+    kv_start: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -76,8 +87,9 @@ class PrefillPlan:
 
     Attributes:
         parts: what a workspace of ``limits`` holds at once, in order of the blocks.
-        kv_indptr: [num_blocks + 1] int32 on the device, over all parts: where each block's slots go.
+        kv_indptr: [num_items + 1] int32 on the device, over all blocks, dense ones too: where each one's slots go.
         kv_indptr_cpu: the same on the host, where FlashInfer plans the attention.
+        qo_indptr_cpu: [num_items + 1] int32 on the host, where each block's queries begin.
         num_slots: ``kv_indptr[-1]``, on the host.
         num_means: rows of means of the largest part.
         sub_block, num_sink: tokens.
@@ -86,6 +98,7 @@ class PrefillPlan:
     parts: tuple[PrefillPart, ...]
     kv_indptr: torch.Tensor
     kv_indptr_cpu: torch.Tensor
+    qo_indptr_cpu: torch.Tensor
     limits: WorkspaceLimits
     num_slots: int
     num_means: int
@@ -106,10 +119,12 @@ def plan_prefill(
 ) -> PrefillPlan:
     """Plans the selection of all blocks of an extend, with one copy to the device.
 
-    A block gets ``num_sink + budget + num_local + (end - start)`` slots. Blocks of one request should follow each
-    other: they then share the reading of its keys, unless the workspace does not hold them all at once.
+    A block gets ``num_sink + budget + num_local + (end - start)`` slots, a dense one ``end``. Blocks of one request
+    should follow each other: they then share the reading of its keys, unless the workspace does not hold them all
+    at once.
 
     Args:
+        blocks: in the order of their queries: ``qo_indptr_cpu`` takes each to begin where the one before it ends.
         limits: of the workspace that the plan is for.
         block, sub_block: sizes in tokens; both cut at their absolute multiples.
         num_qo_heads: heads that vote.
@@ -121,35 +136,49 @@ def plan_prefill(
     for index, item in enumerate(blocks):
         _check_block(f"blocks[{index}]", item, limits, block, num_sink, num_local)
 
-    lengths = [num_sink + item.budget + num_local + item.end - item.start for item in blocks]
-    kv_indptr = [0, *accumulate(lengths)]
+    kv_indptr = [0, *accumulate(item.num_slots(num_sink, num_local) for item in blocks)]
+    qo_indptr = [0, *accumulate(item.end - item.start for item in blocks)]
+    voting = [(item, start) for item, start in zip(blocks, kv_indptr, strict=False) if not item.is_dense]
     # Who chooses nothing scores nothing.
-    num_candidates = [item.start - num_local - num_sink if item.budget else 0 for item in blocks]
+    num_candidates = [item.start - num_local - num_sink if item.budget else 0 for item, _ in voting]
     num_multiprocessors = count_multiprocessors(device)
     parts = []
-    for span in _cut_parts([item.req_pool_idx for item in blocks], num_candidates, limits):
+    for span in _cut_parts([item.req_pool_idx for item, _ in voting], num_candidates, limits):
+        items, kv_start = zip(*voting[span.start : span.stop], strict=True)
         scoring = plan_blocks(
-            [blocks[i].req_pool_idx for i in span],
-            [num_candidates[i] for i in span],
-            [-(-blocks[i].end // sub_block) - blocks[i].start // sub_block for i in span],
+            [item.req_pool_idx for item in items],
+            num_candidates[span.start : span.stop],
+            [-(-item.end // sub_block) - item.start // sub_block for item in items],
             rows_per_block=rows_per_block,
             num_qo_heads=num_qo_heads,
             num_multiprocessors=num_multiprocessors,
         )
-        part_indptr = kv_indptr[span.start : span.stop + 1]
-        parts.append(_make_part([blocks[i] for i in span], scoring, part_indptr, num_local))
+        parts.append(_make_part(items, scoring, kv_start, num_local))
     kv_indptr_cpu = int32(kv_indptr)
-    parts, kv_indptr = to_device((tuple(parts), kv_indptr_cpu), device)
-    num_means = max((part.scoring.num_blocks for part in parts), default=0) * rows_per_block
-    return PrefillPlan(parts, kv_indptr, kv_indptr_cpu, limits, sum(lengths), num_means, sub_block, num_sink)
+    parts, kv_indptr_device = to_device((tuple(parts), kv_indptr_cpu), device)
+    return PrefillPlan(
+        parts=parts,
+        kv_indptr=kv_indptr_device,
+        kv_indptr_cpu=kv_indptr_cpu,
+        qo_indptr_cpu=int32(qo_indptr),
+        limits=limits,
+        num_slots=kv_indptr[-1],
+        num_means=max((part.scoring.num_blocks for part in parts), default=0) * rows_per_block,
+        sub_block=sub_block,
+        num_sink=num_sink,
+    )
 
 
 def _check_block(
     name: str, item: PrefillBlock, limits: WorkspaceLimits, block: int, num_sink: int, num_local: int
 ) -> None:
+    if not -1 <= item.budget <= limits.max_budget:
+        raise ValueError(f"{name}.budget: expected -1 to {limits.max_budget}, got {item.budget}")
+    if item.is_dense:
+        if not 0 <= item.start < item.end:
+            raise ValueError(f"{name}: expected 0 <= start < end, got {item.start} and {item.end}")
+        return
     window = num_sink + item.budget + num_local
-    if not 0 <= item.budget <= limits.max_budget:
-        raise ValueError(f"{name}.budget: expected 0 to {limits.max_budget}, got {item.budget}")
     if item.start <= window:
         raise ValueError(f"{name}.start: expected more than {window}, the window, got {item.start}")
     most = min((item.start // block + 1) * block, limits.max_seq_len)
@@ -180,7 +209,7 @@ def _cut_parts(
 
 
 def _make_part(
-    blocks: Sequence[PrefillBlock], scoring: BlockPlan, kv_indptr: Sequence[int], num_local: int
+    blocks: Sequence[PrefillBlock], scoring: BlockPlan, kv_start: Sequence[int], num_local: int
 ) -> PrefillPart:
     """The part on the host."""
     return PrefillPart(
@@ -195,7 +224,7 @@ def _make_part(
             kv_end=int32([block.end for block in blocks]),
             cached=int32([0] * len(blocks)),
         ),
-        kv_indptr=int32(kv_indptr),
+        kv_start=int32(kv_start),
     )
 
 
@@ -222,7 +251,8 @@ def select_blocks(
         means: [at least blocks of a part * rows per block, num_qo_heads, head_dim], dtype of the keys (bfloat16 or
             float16 with float8 keys); overwritten. ``limits.max_rows`` times :func:`count_rows_per_block` rows are
             always enough.
-        kv_indices: [>= kv_indptr[-1]] int32, written: sink, chosen, local and own slots, ascending in position.
+        kv_indices: [>= kv_indptr[-1]] int32, written: sink, chosen, local and own slots, ascending in position. The
+            slots of dense blocks are not touched.
         vote_scale: factor of the logits, which are *not* divided by sqrt(head_dim).
         combine: how the votes of a block's sub-blocks become one score.
 
@@ -259,7 +289,7 @@ def select_blocks(
             part.rows,
             num_blocks,
             workspace,
-            part.kv_indptr,
+            part.kv_start,
             kv_indices,
             num_sink=plan.num_sink,
         )

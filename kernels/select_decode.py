@@ -27,6 +27,7 @@ def select_decode(
     num_sink: int,
     num_local: int,
     vote_scale: float = 1.0,
+    num_parts: int | None = None,
 ) -> None:
     """Writes the slots that each query of a decode step attends to in one layer.
 
@@ -36,17 +37,23 @@ def select_decode(
     Args:
         query: [num_rows, num_qo_heads, head_dim], dtype of the keys (bfloat16 or float16 with float8 keys),
             heads contiguous; rotated as it is to be scored.
-        batch: who asks; `batch.kv_indptr` says where each row's slots go.
+        batch: who asks; `batch.kv_indptr` says where each row's slots go. Of a row with budget -1 nothing is written.
         cache: of this layer. Rows with a cache slot reuse its vote, or leave theirs.
         kv_indices: [>= kv_indptr[-1]] int32, written: sink, chosen and local slots, ascending in position.
+        num_parts: how many parts to run: `WorkspaceLimits.count_parts` of the candidates that the rows may have, or
+            more; None: as many as any batch needs. Rows of parts that are not run get no slots.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other or the workspace.
+        ValueError: shapes or dtypes that do not fit each other or the workspace, or no parts.
     """
     _check(query, keys, batch, cache, workspace, kv_indices)
     num_rows = len(batch)
+    if num_parts is None:
+        num_parts = workspace.limits.num_parts(num_rows)
+    if num_parts < 1:
+        raise ValueError(f"num_parts: expected 1 at least, got {num_parts}")
     begin_decode(query, batch, cache, rows, workspace, num_sink=num_sink, num_local=num_local)
-    for part in range(workspace.limits.num_parts(num_rows)):
+    for part in range(num_parts):
         score_decode(
             query, keys, batch.req_pool_indices, rows, workspace, num_sink=num_sink, vote_scale=vote_scale, part=part
         )

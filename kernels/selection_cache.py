@@ -7,7 +7,7 @@ so the best ``b`` members are found without scoring, for any smaller budget ``b`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .launch import start_next, wait_for_previous
 from .rows import SelectionRows
-from .workspace import Workspace
+from .workspace import Workspace, nbytes
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,81 @@ class SelectionCache:
 
     @classmethod
     def create(
-        cls, num_slots: int, query_size: int, max_budget: int, dtype: torch.dtype, device: torch.device | str
+        cls,
+        num_slots: int,
+        query_size: int,
+        max_budget: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        layers: tuple[int, ...] = (),
     ) -> SelectionCache:
-        """Empty entries: ``query_size * itemsize + 8 * max_budget + 16`` bytes each."""
+        """Empty entries: ``query_size * itemsize + 8 * max_budget + 16`` bytes each.
+
+        Args:
+            layers: sizes that each tensor has before its own, for :class:`SelectionCaches`.
+        """
+        slots = (*layers, num_slots)
         return cls(
-            query=torch.empty(num_slots, query_size, dtype=dtype, device=device),
-            vote=torch.empty(num_slots, max_budget, dtype=torch.int64, device=device),
-            vote_len=torch.zeros(num_slots, dtype=torch.int32, device=device),
-            seq_len=torch.zeros(num_slots, dtype=torch.int32, device=device),
-            cut=torch.zeros(num_slots, dtype=torch.int64, device=device),
-            counters=torch.zeros(2, dtype=torch.int64, device=device),
+            query=torch.empty(*slots, query_size, dtype=dtype, device=device),
+            vote=torch.empty(*slots, max_budget, dtype=torch.int64, device=device),
+            vote_len=torch.zeros(slots, dtype=torch.int32, device=device),
+            seq_len=torch.zeros(slots, dtype=torch.int32, device=device),
+            cut=torch.zeros(slots, dtype=torch.int64, device=device),
+            counters=torch.zeros(*layers, 2, dtype=torch.int64, device=device),
         )
+
+
+class SelectionCaches:
+    """The entries of all layers, in one tensor for each attribute of :class:`SelectionCache`.
+
+    Attributes:
+        seq_len: [num_layers, num_slots] int32; 0: no vote.
+        counters: [num_layers, 2] int64, votes reused and votes made.
+    """
+
+    def __init__(self, stacked: SelectionCache) -> None:
+        """
+        Args:
+            stacked: tensors with a first dimension of num_layers.
+        """
+        self.seq_len, self.counters = stacked.seq_len, stacked.counters
+        columns = (getattr(stacked, field.name) for field in fields(stacked))
+        self._layers = tuple(SelectionCache(*tensors) for tensors in zip(*columns, strict=True))
+
+    @classmethod
+    def create(
+        cls,
+        num_layers: int,
+        num_slots: int,
+        query_size: int,
+        max_budget: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> SelectionCaches:
+        """Empty entries. With no slots, every row of a batch must have cache slot -1."""
+        return cls(SelectionCache.create(num_slots, query_size, max_budget, dtype, device, layers=(num_layers,)))
+
+    @staticmethod
+    def nbytes(num_layers: int, num_slots: int, query_size: int, max_budget: int, dtype: torch.dtype) -> int:
+        """Bytes that :meth:`create` takes for such sizes."""
+        return nbytes(SelectionCaches.create(num_layers, num_slots, query_size, max_budget, dtype, "meta"))
+
+    @property
+    def num_slots(self) -> int:
+        return self.seq_len.shape[1]
+
+    def layer(self, index: int) -> SelectionCache:
+        """The entries of one layer, views of these."""
+        return self._layers[index]
+
+    def forget(self, slots: torch.Tensor) -> None:
+        """Ends what these slots hold in every layer. No host sync.
+
+        Args:
+            slots: [any] int64 on the device, 0 to num_slots - 1.
+        """
+        self.seq_len.index_fill_(1, slots, 0)
 
 
 @dataclass(frozen=True)
@@ -61,10 +125,11 @@ class DecodeBatch:
     Attributes:
         req_pool_indices: [num_rows] int32 or int64, row of `req_to_token` of each request.
         seq_lens: [num_rows] int32 or int64, cached tokens, that of this step included.
-        budgets: [num_rows] int32, tokens to choose.
+        budgets: [num_rows] int32, tokens to choose; -1: the row attends to everything, and the caller has written
+            its slots, once for all layers. Nothing is written for such a row and its cache entry is not touched.
         cache_slots: [num_rows] int32, entry of the selection cache; -1: none, votes every step.
         kv_indptr: [num_rows + 1] int32, where each row's slots go; a row needs
-            ``min(seq_len, num_sink + budget + num_local)`` of them.
+            ``min(seq_len, num_sink + budget + num_local)`` of them, with budget -1 ``seq_len``.
         theta: [1] float32, least cosine for reuse. Above 1: never; -1: always.
         max_reuse: [1] int32, steps that one vote may serve, its own included.
     """
@@ -81,7 +146,8 @@ class DecodeBatch:
         return self.seq_lens.shape[0]
 
 
-@triton.jit
+# Layers' views of stacked entries are not aligned alike.
+@triton.jit(do_not_specialize_on_alignment=["cached_vote_len_ptr", "cached_seq_len_ptr"])
 def _begin_decode_kernel(
     query_ptr,
     seq_lens_ptr,
@@ -108,8 +174,10 @@ def _begin_decode_kernel(
     wait_for_previous(PDL)
     start_next(PDL)
     row = tl.program_id(0)
-    seq_len = tl.load(seq_lens_ptr + row).to(tl.int32)
     budget = tl.load(budgets_ptr + row)
+    # Of a row that the caller writes, nothing is left: a request of no tokens.
+    seq_len = tl.where(budget < 0, 0, tl.load(seq_lens_ptr + row).to(tl.int32))
+    budget = tl.maximum(budget, 0)
     slot = tl.load(cache_slots_ptr + row).to(tl.int64)
     # [QUERY_BLOCK]
     offs = tl.arange(0, QUERY_BLOCK)
@@ -165,7 +233,8 @@ def begin_decode(
 ) -> None:
     """Decides for each row: everything, an earlier vote, or a new vote; one launch, no host sync.
 
-    A row whose request fits its window attends to everything. A row reuses its cached vote if the
+    A row whose request fits its window attends to everything; one with budget -1 does too, but gets no candidates,
+    sink or tail, since the caller writes its slots. A row reuses its cached vote if the
     cosine over all heads reaches ``theta`` and the vote is younger than ``max_reuse`` and holds enough
     members. Else it votes: its entry takes the query and length now, and the vote when it is known.
 

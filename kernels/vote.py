@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .launch import start_next, wait_for_previous
-from .rows import SelectionRows, first_tile_of
+from .rows import SelectionRows, first_tile_of, rows_block
 from .vote_keys import vote_keys
 from .workspace import LEAST, SUBTILE, TILE, DecodeWorkspace, Workspace, previous_power_of_2
 
@@ -60,7 +60,7 @@ def _log_sum_exp(
     return tl.where(is_head, top + tl.log2(tl.maximum(total, 1e-30)), float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part"])
 def _vote_kernel(
     terms_ptr,
     subtile_max_ptr,
@@ -155,7 +155,7 @@ def vote(rows: SelectionRows, num_rows: int, workspace: DecodeWorkspace, *, part
         TILE=TILE,
         SUBTILE=SUBTILE,
         NUM_GROUPS=limits.num_groups,
-        ROWS=triton.next_power_of_2(num_rows),
+        ROWS=rows_block(num_rows),
         PDL=workspace.pdl,
         launch_pdl=workspace.pdl,
         num_warps=1,
@@ -205,7 +205,7 @@ def take_scores(rows: SelectionRows, num_rows: int, workspace: Workspace) -> Non
         TILE=TILE,
         NUM_GROUPS=num_groups,
         TAKE=take,
-        ROWS=triton.next_power_of_2(num_rows),
+        ROWS=rows_block(num_rows),
         PDL=workspace.pdl,
         launch_pdl=workspace.pdl,
         num_warps=4,

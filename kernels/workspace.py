@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import triton
@@ -30,9 +32,34 @@ def previous_power_of_2(x: int) -> int:
 
 
 def count_multiprocessors(device: torch.device | str) -> int:
-    if torch.device(device).type != "cuda":
+    """Multiprocessors that share the work. Device "meta" stands for the GPU that is there, if any."""
+    device = torch.device(device)
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type != "cuda":
         return 3  # the interpreter: few, and odd, so that work is cut at odd places
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def nbytes(owner: object) -> int:
+    """Bytes of the tensors in an object's attributes, and in theirs in turn; memory that several share counts once.
+
+    What is made on device "meta" has the same tensors, without memory: so the bytes are known before any is taken.
+    """
+    return sum(storage.nbytes() for storage in set(_storages(owner)))
+
+
+def _storages(owner: object) -> Iterator[torch.UntypedStorage]:
+    if isinstance(owner, torch.Tensor):
+        yield owner.untyped_storage()
+        return
+    for item in owner if isinstance(owner, tuple) else getattr(owner, "__dict__", {}).values():
+        yield from _storages(item)
+
+
+def count_tiles(num_candidates: Sequence[int]) -> list[int]:
+    """[num_rows + 1]: the first tile of each row, rows packed in order, and the number of all tiles."""
+    return [0, *accumulate(triton.cdiv(count, TILE) for count in num_candidates)]
 
 
 @dataclass(frozen=True)
@@ -82,6 +109,17 @@ class WorkspaceLimits:
         """Parts that any batch of ``num_rows`` rows fits in."""
         return (num_rows - 1) * self.tiles_per_row // self.part_tiles + 1
 
+    def count_parts(self, num_candidates: Sequence[int]) -> int:
+        """Parts that rows with so many candidates need, 1 at least.
+
+        Rows that turn out to have fewer need no more parts: the first tiles of those behind them only fall.
+
+        Args:
+            num_candidates: of each row, in order of the rows; a row with 0 needs no part of its own.
+        """
+        first_tiles = zip(count_tiles(num_candidates), num_candidates, strict=False)
+        return max((first for first, count in first_tiles if count), default=0) // self.part_tiles + 1
+
     @property
     def num_groups(self) -> int:
         """Groups of candidates whose maxima bound the selection: twice the largest budget."""
@@ -91,7 +129,8 @@ class WorkspaceLimits:
 class Workspace:
     """Device scratch of top-k within ``limits``: about 20 bytes a candidate, from scores to slots.
 
-    One workspace serves all layers, one after the other, on one stream.
+    One workspace serves all layers, one after the other, on one stream. ``nbytes(Workspace(limits, "meta"))`` are
+    its bytes.
     """
 
     def __init__(self, limits: WorkspaceLimits, device: torch.device | str) -> None:

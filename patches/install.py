@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import torch
 
-from . import chunk_alignment, cpu_dispatch, request_options, server_args, server_info
+from . import (
+    chunk_alignment,
+    cpu_dispatch,
+    decode_graphs,
+    forward_rows,
+    kv_budget,
+    request_options,
+    server_args,
+    server_info,
+)
 from .hook import Hook
 
 
 def hooks() -> list[Hook]:
     """The hooks that this machine needs, in the order in which they are registered."""
     needed = [*server_args.HOOKS, *chunk_alignment.HOOKS, *request_options.HOOKS, *server_info.HOOKS]
-    if not torch.accelerator.is_available():
-        needed += cpu_dispatch.HOOKS
-    return needed
+    if torch.accelerator.is_available():
+        return [*needed, *forward_rows.HOOKS, *decode_graphs.HOOKS, *kv_budget.HOOKS]
+    return [*needed, *cpu_dispatch.HOOKS]
 
 
 def install() -> None:

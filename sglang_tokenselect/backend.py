@@ -8,15 +8,18 @@ layers of each forward, and `forward_decode` or `forward_extend` in each layer.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_tokenselect import flags, refusals
-from sglang_tokenselect.patches import chunk_alignment, install, rope
-from sglang_tokenselect.planner import ForwardPlan, plan_forward
-from sglang_tokenselect.torch_runner import LayerInput, TorchRunner
+from sglang_tokenselect.create_runner import create_runner
+from sglang_tokenselect.patches import chunk_alignment, decode_graphs, install
+from sglang_tokenselect.planner import plan_forward
+from sglang_tokenselect.runner import Graph, LayerInput
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -41,23 +44,46 @@ class TokenSelectAttnBackend(AttentionBackend):
         refusals.check_model(model_runner.model_config, self.config)
         chunk_alignment.align_chunks_to(self.config.block)
         self._token_to_kv_pool = model_runner.token_to_kv_pool
-        ropes = rope.take_over_rope(model_runner.model) if self.config.is_compact else {}
-        self._runner = TorchRunner(self.config, model_runner.req_to_token_pool.req_to_token, ropes)
-        self._plan = ForwardPlan(is_decode=True, requests=())
-        logger.info("TokenSelect: %s; runner: plain PyTorch on the CPU", self.config)
+        self._max_context_len = model_runner.model_config.context_len
+        self._runner = create_runner(model_runner, self.config)
+        self._rows: list[int] | None = None
+        logger.info("TokenSelect: %s; runner: %s", self.config, type(self._runner).__name__)
 
     def report(self) -> dict[str, Any]:
         """Configuration and counters, for `/server_info`."""
-        return {"config": self.config.to_options(), "counters": self._runner.counters.to_dict()}
+        return {"config": self.config.to_options(), "counters": self._runner.report().to_dict()}
+
+    def stage_rows(self, rows: list[int]) -> None:
+        """Told by patches/forward_rows.py before each forward: `req_pool_indices` on the host, without padding."""
+        self._rows = rows
+
+    @property
+    def selects(self) -> bool:
+        """Whether the current forward may read `req_to_token` in its layers."""
+        return self._runner.selects
+
+    def decode_selects(self, seq_lens: Sequence[int]) -> bool:
+        """Which of its two graphs a decode step of requests of such lengths needs."""
+        return self._runner.decode_selects(seq_lens)
+
+    def fits_graph(self, seq_lens: Sequence[int]) -> bool:
+        """Whether a captured graph can serve such a decode step."""
+        return self._runner.fits_graph(seq_lens)
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        self._begin(forward_batch, Graph.NONE)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
-        if forward_batch.forward_mode.is_idle():
-            return
-        self._plan = plan_forward(forward_batch)
-        self._runner.begin(self._plan)
+        self._begin(forward_batch, Graph.CAPTURE if in_capture else Graph.REPLAY)
+
+    def _begin(self, forward_batch: ForwardBatch, graph: Graph) -> None:
+        rows, self._rows = self._rows, None
+        if not forward_batch.forward_mode.is_idle():
+            selects = decode_graphs.captured_selection() if graph is Graph.CAPTURE else None
+            self._runner.begin(plan_forward(forward_batch, rows), forward_batch, graph, selects=selects)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Nothing is captured on a CPU; SGLang's harness calls it all the same."""
+        self._runner.reserve_graph_rows(max_bs, self._max_context_len)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -81,8 +107,35 @@ class TokenSelectAttnBackend(AttentionBackend):
         Returns:
             [num_tokens, num_qo_heads * head_dim].
         """
+        if self._runner.delegates(layer.layer_id):
+            return self._runner.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """As `forward_decode`, for the new tokens of an extend."""
+        if self._runner.delegates(layer.layer_id):
+            return self._runner.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+    ) -> torch.Tensor:
         if save_kv_cache:
-            self._token_to_kv_pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
+            self._token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
         layer_input = LayerInput(
             layer_id=layer.layer_id,
             key_pool=self._token_to_kv_pool.get_key_buffer(layer.layer_id),
@@ -91,6 +144,4 @@ class TokenSelectAttnBackend(AttentionBackend):
             logit_cap=layer.logit_cap,
         )
         query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-        return self._runner.run(query, layer_input, self._plan).flatten(1)
-
-    forward_extend = forward_decode
+        return self._runner.run(query, layer_input).flatten(1)

@@ -20,6 +20,10 @@ class ConfigError(ValueError):
         super().__init__(f"tokenselect {name}: expected {expected}, got {got!r}")
 
 
+DEFAULT_MIN_LEN = 16384
+"""Up to here dense attention was at least as fast (README, "Speed")."""
+
+
 def _option(default: Any, help: str, **bounds: Any) -> Any:
     return field(default=default, metadata={"help": help, **bounds})
 
@@ -44,6 +48,15 @@ class TokenSelectConfig:
         "for contexts beyond the trained length",
         choices=("absolute", "compact"),
     )
+    min_len: int | None = _option(
+        None,
+        f"requests of up to so many tokens attend to everything; if not given, {DEFAULT_MIN_LEN}, "
+        "and 0 with compact positions",
+        minimum=0,
+    )
+    cache_requests: int = _option(
+        256, "requests whose decode selections are kept for reuse on a GPU; those beyond vote in every step", minimum=0
+    )
     dense_layers: tuple[int, ...] = _option((), "layers that attend to everything, such as 0,1,30-31")
     vote_scale: float = _option(1.0, "factor of the logits in the vote (not in the attention)", above=0.0)
 
@@ -61,8 +74,11 @@ class TokenSelectConfig:
 
     @property
     def window(self) -> Window:
-        """Sink, budget and local window of a request."""
-        return Window(num_sink=self.sink, budget=self.budget, num_local=self.local)
+        """Sink, budget and local window of a request, and the length up to which it attends to everything."""
+        min_len = self.min_len
+        if min_len is None:
+            min_len = 0 if self.is_compact else DEFAULT_MIN_LEN
+        return Window(num_sink=self.sink, budget=self.budget, num_local=self.local, min_len=min_len)
 
     @property
     def is_compact(self) -> bool:
@@ -105,7 +121,9 @@ def check_option(name: str, value: Any) -> None:
         if value not in bounds["choices"]:
             raise ConfigError(name, f"one of {', '.join(bounds['choices'])}", value)
         return
-    kind = type(option.default)
+    if value is None and option.default is None:
+        return
+    kind = int if option.default is None else type(option.default)
     if isinstance(value, bool) or not isinstance(value, (int, kind)) or not math.isfinite(value):
         raise ConfigError(name, "an integer" if kind is int else "a finite number", value)
     if "minimum" in bounds and value < bounds["minimum"]:

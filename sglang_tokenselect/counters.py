@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from sglang_tokenselect.kernels.reference.window import Window
-from sglang_tokenselect.planner import ForwardPlan
+from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan
 
 
 @dataclass
@@ -19,6 +19,7 @@ class Counters:
         attended_tokens: tokens that they attended to in layers that select.
         votes: selections made for decode queries.
         reuses: decode queries that a cached selection served.
+        uncached_queries: decode queries that voted because the selection cache had no entry left for them.
         block_votes: selections made for prefill blocks.
     """
 
@@ -27,13 +28,15 @@ class Counters:
     attended_tokens: int = 0
     votes: int = 0
     reuses: int = 0
+    uncached_queries: int = 0
     block_votes: int = 0
 
     def count_decode(self, plan: ForwardPlan, window: Window) -> None:
         for request in plan.requests:
-            self.decode_queries += 1
-            self.cached_tokens += request.seq_len
-            self.attended_tokens += window.attended_length(request.seq_len)
+            if request.req_pool_idx != PADDING_ROW:
+                self.decode_queries += 1
+                self.cached_tokens += request.seq_len
+                self.attended_tokens += window.attended_length(request.seq_len)
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)

@@ -25,7 +25,7 @@ from sglang_tokenselect.needle import checkpoint_path, tasks
 from sglang_tokenselect.needle_server import needle_server
 from sglang_tokenselect.server_process import ServerProcess
 
-BACKENDS = {"tokenselect": "tokenselect", "dense": "torch_native"}
+IS_DENSE = {"tokenselect": False, "dense": True}
 # Greedy answers are the same on each run of a machine; another machine's rounding may turn a close one.
 REQUIRED_SHARE = 0.9
 START_TIMEOUT = 420.0
@@ -121,7 +121,7 @@ def run_demo(options: DemoOptions) -> int:
     if not (checkpoint / "model.safetensors").is_file():
         raise SystemExit(f"checkpoint: expected model.safetensors in {checkpoint}, got no such file")
     console, rows = Console(), []
-    servers = {name: needle_server(backend, model_path=checkpoint) for name, backend in BACKENDS.items()}
+    servers = {name: needle_server(is_dense, model_path=checkpoint) for name, is_dense in IS_DENSE.items()}
     try:
         with stopped_at_end(servers, console), open_view(console) as view:
             start(servers, view)
@@ -200,7 +200,7 @@ def summary(rows: list[Row], seconds: float) -> str:
     longest = max(row.length for row in rows)
     shares = [row.tokenselect.attended_share for row in rows if row.length == longest]
     share = max((share for share in shares if share is not None), default=1.0)
-    right = {name: sum(getattr(row, name).is_right for row in rows) for name in BACKENDS}
+    right = {name: sum(getattr(row, name).is_right for row in rows) for name in IS_DENSE}
     return (
         f"tokenselect answered {right['tokenselect']} of {len(rows)} questions, attending to {share:.1%} of the "
         f"cached tokens at a length of {longest:,}; dense answered {right['dense']} ({seconds:.0f} s)."

@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             type=_parser_of(option.name, option.default),
             default=argparse.SUPPRESS,
             metavar=_metavar(option),
-            help=f"{option.metadata['help']} (default: {_shown(option.default)})",
+            help=f"{option.metadata['help']} (default: {shown_default(option)})",
         )
 
 
@@ -60,14 +60,15 @@ def _destination(name: str) -> str:
 
 
 def _parser_of(name: str, default: Any) -> Any:
-    convert = parse_layers if name == "dense_layers" else type(default)
+    kind = int if default is None else type(default)
+    convert = parse_layers if name == "dense_layers" else kind
 
     def parse(text: str) -> Any:
         try:
             value = convert(text)
         except ValueError:
-            kind = "a list such as 0,1,30-31" if name == "dense_layers" else f"a value of type {type(default).__name__}"
-            raise argparse.ArgumentTypeError(f"expected {kind}, got {text!r}") from None
+            expected = "a list such as 0,1,30-31" if name == "dense_layers" else f"a value of type {kind.__name__}"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
         try:
             check_option(name, value)
         except ConfigError as error:
@@ -82,5 +83,5 @@ def _metavar(option: Any) -> str:
     return f"{{{','.join(choices)}}}" if choices else option.name.upper()
 
 
-def _shown(default: Any) -> str:
-    return "none" if default == () else str(default)
+def shown_default(option: Any) -> str:
+    return "none" if option.default in ((), None) else str(option.default)

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+PADDING_ROW = 0
+"""Row of `req_to_token` that SGLang gives to no request: that of the rows that pad a CUDA graph's batch."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +37,24 @@ class RequestPlan:
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """The requests of one forward, in batch order."""
+    """The requests of one forward, in batch order, those that pad it included."""
 
     is_decode: bool
     requests: tuple[RequestPlan, ...]
 
 
-def plan_forward(forward_batch: ForwardBatch) -> ForwardPlan:
-    """Reads the batch's host-side lengths; `req_pool_indices` are on the CPU with this runner."""
+def plan_forward(forward_batch: ForwardBatch, rows: Sequence[int] | None = None) -> ForwardPlan:
+    """Reads the batch's host-side lengths.
+
+    Args:
+        rows: `req_pool_indices` on the host, without padding. None reads them from the batch, which waits
+            for the device: only where SGLang's scheduler did not tell them (warm-up, unit tests).
+    """
     is_decode = forward_batch.forward_mode.is_decode()
-    rows = forward_batch.req_pool_indices.tolist()
+    if rows is None:
+        rows = forward_batch.req_pool_indices.tolist()
     seq_lens = forward_batch.seq_lens_cpu.tolist()
+    rows = [*rows, *[PADDING_ROW] * (len(seq_lens) - len(rows))]
     lengths = [1] * len(rows) if is_decode else list(forward_batch.extend_seq_lens_cpu)
     requests, first_query = [], 0
     for row, seq_len, num_queries in zip(rows, seq_lens, lengths, strict=True):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from sglang_tokenselect.config import TokenSelectConfig
@@ -11,11 +12,22 @@ from sglang_tokenselect.plugin import BACKEND
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    from sglang_tokenselect.model_shape import ModelShape
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Gemma2ForCausalLM",
+)
 
 # ServerArgs field: (the only values served, what the others would need). None means "not set".
 _SERVED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "device": ((None, "cpu"), "the kernels for GPUs are not in this version"),
+    "device": ((None, "cpu", "cuda"), "there are no kernels for other devices"),
     "prefill_attention_backend": ((None, BACKEND), "both phases run in one backend"),
     "decode_attention_backend": ((None, BACKEND), "both phases run in one backend"),
     "speculative_algorithm": ((None, "NONE"), "draft and verify steps have no selection yet"),
@@ -33,7 +45,13 @@ _SERVED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_two_batch_overlap": ((False,), "not served yet"),
     "enable_pdmux": ((False,), "not served yet"),
     "enable_torch_compile": ((False,), "the runner is not compiled"),
+    "enable_lora": ((None, False), "its CUDA graphs take the place of those that select"),
     "enable_deterministic_inference": ((False,), "not served yet"),
+}
+
+_SERVED_GRAPHS = {
+    "prefill": (("breakable", "disabled"), "the blocks of a prefill differ from forward to forward"),
+    "decode": (("full", "disabled"), "others were not tested"),
 }
 
 
@@ -67,6 +85,8 @@ def check_server_args(server_args: Any, config: TokenSelectConfig, *, options_gi
         if value not in served:
             raise Refusal(name, " or ".join(map(repr, served)), repr(value), reason)
     _check_chunks(getattr(server_args, "chunked_prefill_size", None), config)
+    if getattr(server_args, "device", None) == "cuda":
+        _check_graphs(server_args.cuda_graph_config)
 
 
 def check_model(model_config: ModelConfig, config: TokenSelectConfig) -> None:
@@ -84,6 +104,44 @@ def check_model(model_config: ModelConfig, config: TokenSelectConfig) -> None:
         _check_compact(hf_config, config)
 
 
+def check_torch_layers(sliding_layers: Collection[int]) -> None:
+    """What the runner for CPUs does not serve."""
+    if sliding_layers:
+        raise Refusal("model", "no sliding-window layers on a CPU", f"layers {sorted(sliding_layers)}")
+
+
+def check_gpu(
+    capability: tuple[int, int], shape: ModelShape, config: TokenSelectConfig, sliding_layers: Collection[int]
+) -> None:
+    """What the kernels for GPUs do not serve.
+
+    Args:
+        capability: compute capability of the device.
+    """
+    import torch
+
+    from sglang_tokenselect.compat import check_gpu_versions
+    from sglang_tokenselect.kernels.block_plan import count_rows_per_block
+    from sglang_tokenselect.kernels.paged_keys import HEAD_DIMS
+    from sglang_tokenselect.kernels.workspace import MAX_BUDGET
+
+    check_gpu_versions()
+    if capability != (9, 0):
+        raise Refusal("GPU", "compute capability 9.0 (H100, H200)", "%d.%d" % capability, "others were not tested")
+    if shape.head_dim not in HEAD_DIMS:
+        raise Refusal("model", f"head_dim {' or '.join(map(str, HEAD_DIMS))}", f"head_dim {shape.head_dim}")
+    if shape.dtype not in (torch.bfloat16, torch.float16):
+        raise Refusal("dtype", "bfloat16 or float16", shape.dtype)
+    if config.budget > MAX_BUDGET:
+        raise Refusal("budget", f"at most {MAX_BUDGET} on a GPU", config.budget)
+    try:
+        count_rows_per_block(config.block, config.sub_block)
+    except ValueError as error:
+        raise Refusal("sub_block", "what the kernels for GPUs can tile", config.sub_block, str(error)) from None
+    if config.is_compact and sliding_layers:
+        raise Refusal("positions=compact", "no sliding-window layers", f"layers {sorted(sliding_layers)}")
+
+
 def _asks_for_backend(server_args: Any) -> bool:
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     return BACKEND in [getattr(server_args, name, None) for name in names]
@@ -93,6 +151,13 @@ def _check_chunks(chunked_prefill_size: int | None, config: TokenSelectConfig) -
     if chunked_prefill_size is not None and chunked_prefill_size > 0 and chunked_prefill_size % config.block:
         reason = "so that the output does not depend on the chunks"
         raise Refusal("chunked_prefill_size", f"a multiple of block={config.block}", chunked_prefill_size, reason)
+
+
+def _check_graphs(cuda_graph_config: Any) -> None:
+    for phase, (served, reason) in _SERVED_GRAPHS.items():
+        backend = getattr(cuda_graph_config, phase).backend
+        if backend not in served:
+            raise Refusal(f"cuda_graph_backend_{phase}", " or ".join(map(repr, served)), repr(backend), reason)
 
 
 def _unserved_kind(model_config: Any, hf_config: Any) -> str | None:
@@ -110,8 +175,6 @@ def _unserved_kind(model_config: Any, hf_config: Any) -> str | None:
         getattr(hf_config, name, None) for name in ("linear_num_value_heads", "mamba_d_state", "linear_attn_config")
     ):
         return "a hybrid with linear attention keeps a state, not keys"
-    if getattr(hf_config, "use_sliding_window", False):
-        return "sliding-window layers"
     return None
 
 
@@ -120,8 +183,7 @@ def _check_compact(hf_config: Any, config: TokenSelectConfig) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise Refusal("positions=compact", "a plain RoPE (no scaling)", f"rope_type={kind}")
-    longest, trained = config.window.size + config.block, hf_config.max_position_embeddings
+    longest, trained = config.window.dense_len + config.block, hf_config.max_position_embeddings
     if longest > trained:
-        raise Refusal(
-            "sink + budget + local + block", f"at most the trained length {trained} with compact positions", longest
-        )
+        sizes = "sink + budget + local (or min_len) + block"
+        raise Refusal(sizes, f"at most the trained length {trained} with compact positions", longest)

@@ -6,7 +6,8 @@ The semantics are in `kernels/reference/`; this file only leads each request of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,29 +20,17 @@ from sglang_tokenselect.kernels.reference.kv import RequestKV
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.kernels.reference.prefill import cut_blocks, first_sparse_position, select_for_block
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
-
-
-@dataclass(frozen=True)
-class LayerInput:
-    """What a layer hands to the runner.
-
-    Attributes:
-        layer_id: of the model, from 0.
-        key_pool: [num_slots, num_kv_heads, head_dim], keys of this forward written already.
-        value_pool: as `key_pool`.
-        scaling: factor of the attention's logits.
-        logit_cap: tanh soft cap of the attention's logits, 0 for none.
-    """
-
-    layer_id: int
-    key_pool: torch.Tensor
-    value_pool: torch.Tensor
-    scaling: float
-    logit_cap: float
+from sglang_tokenselect.runner import Graph, LayerInput
 
 
 class TorchRunner:
-    """Runs the layers of one model. Keeps the selection cache, keyed by `req_pool_idx` and layer."""
+    """Runs the layers of one model; see `runner.Runner`. Keeps the selection cache, keyed by `req_pool_idx` and layer.
+
+    It attends to everything itself where that is asked for, and knows no graphs.
+    """
+
+    dense = None
+    selects = True
 
     def __init__(self, config: TokenSelectConfig, req_to_token: torch.Tensor, ropes: dict[int, Rope]) -> None:
         """
@@ -54,27 +43,38 @@ class TorchRunner:
         self._req_to_token = req_to_token
         self._ropes = ropes
         self._cached: dict[int, dict[int, CachedSelection]] = {}
+        self._plan = ForwardPlan(is_decode=True, requests=())
 
-    def begin(self, plan: ForwardPlan) -> None:
-        """Once per forward. A prefill ends what is cached for its rows, whoever had them before."""
+    def begin(
+        self, plan: ForwardPlan, forward_batch: Any = None, graph: Graph = Graph.NONE, *, selects: bool | None = None
+    ) -> None:
+        """A prefill ends what is cached for its rows, whoever had them before."""
+        self._plan = plan
         if plan.is_decode:
             self.counters.count_decode(plan, self.config.window)
         else:
             for request in plan.requests:
                 self._cached.pop(request.req_pool_idx, None)
 
-    def run(self, query: torch.Tensor, layer: LayerInput, plan: ForwardPlan) -> torch.Tensor:
-        """Attention of all queries of a forward in one layer.
+    def delegates(self, layer_id: int) -> bool:
+        return False
 
-        Args:
-            query: [num_tokens, num_qo_heads, head_dim]; un-rotated in compact mode.
+    def reserve_graph_rows(self, max_rows: int, max_context_len: int) -> None:
+        """Nothing is captured on a CPU; SGLang's harness calls it all the same."""
 
-        Returns:
-            [num_tokens, num_qo_heads, head_dim].
-        """
+    def decode_selects(self, seq_lens: Sequence[int]) -> bool:
+        return True
+
+    def fits_graph(self, seq_lens: Sequence[int]) -> bool:
+        return False
+
+    def report(self) -> Counters:
+        return self.counters
+
+    def run(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
         out = torch.empty_like(query)
-        attend_request = self._decode if plan.is_decode else self._extend
-        for request in plan.requests:
+        attend_request = self._decode if self._plan.is_decode else self._extend
+        for request in self._plan.requests:
             span = slice(request.first_query, request.first_query + request.num_queries)
             slots = self._req_to_token[request.req_pool_idx, : request.seq_len]
             kv = RequestKV(layer.key_pool, layer.value_pool, slots)
@@ -83,7 +83,7 @@ class TorchRunner:
 
     def _decode(self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan) -> torch.Tensor:
         window = self.config.window
-        if self._is_dense(layer) or request.seq_len <= window.size:
+        if self._is_dense(layer) or request.seq_len <= window.dense_len:
             return self._attend(query, kv, slice(None), layer)
         selection = self._selection(query[0], kv, layer, request)
         age = request.seq_len - selection.seq_len

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer accuracy of the needle checkpoint through real SGLang servers on the CPU, one policy after the other.
+"""Answer accuracy of the needle checkpoint through real SGLang servers, one policy after the other.
 
     python -m bench.needle.serve --lengths 8192 16384 32768 65536 --csv bench/results/needle_servers.csv
+    python -m bench.needle.serve --device cuda --csv bench/results/needle_servers_h200.csv
 
 Each context hides 16 keys with one number, 2 keys with 4 numbers and 2 chains of 4 variables; it is asked
 for 4 single numbers, for both keys with 4, 3 times for 4 keys at once, and for both chains. Its questions
@@ -26,17 +27,18 @@ from sglang_tokenselect.needle import checkpoint_path, tasks
 from sglang_tokenselect.needle_server import needle_server
 from sglang_tokenselect.server_process import ServerProcess
 
+# Whether attention is dense, and more flags.
 POLICIES = {
-    "tokenselect": ("tokenselect", ()),
+    "tokenselect": (False, ()),
     # As many tokens as tokenselect attends to, none of them chosen.
-    "window": ("tokenselect", ("--tokenselect-budget", "0", "--tokenselect-local", "576")),
-    "dense": ("torch_native", ()),
+    "window": (False, ("--tokenselect-budget", "0", "--tokenselect-local", "576")),
+    "dense": (True, ()),
 }
 QUESTION_ROOM = 100
 MAX_NEW_TOKENS = 64
 COLUMNS = (
     "commit",
-    "cpu",
+    "machine",
     "sglang",
     "torch",
     "policy",
@@ -100,16 +102,25 @@ def attended(before: dict[str, int], after: dict[str, int]) -> int:
     return round((after["attended_tokens"] - before["attended_tokens"]) / max(steps, 1))
 
 
-def setting() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+def setting(device: str) -> dict[str, str]:
+    commit = os.environ.get("BENCH_COMMIT") or _head()
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cpu = f"{os.cpu_count()} x {models[0].split(':')[1].strip()}"
+    machine = f"{os.cpu_count()} x {models[0].split(':')[1].strip()}"
+    if device == "cuda":
+        import torch
+
+        machine = torch.cuda.get_device_name()
     return {
-        "commit": commit.strip(),
-        "cpu": cpu,
+        "commit": commit,
+        "machine": machine,
         "sglang": version("sglang"),
         "torch": version("torch"),
     }
+
+
+def _head() -> str:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    return git.stdout.strip()
 
 
 def show(rows: list[dict[str, str]]) -> None:
@@ -130,20 +141,21 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--show", action="store_true", help="only print the table of the CSV file")
     options = parser.parse_args()
     if options.show:
         with options.csv.open(newline="") as file:
             return show(list(csv.DictReader(file)))
-    count_tokens, common = token_counter(checkpoint_path()), setting()
+    count_tokens, common = token_counter(checkpoint_path()), setting(options.device)
     with options.csv.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if not file.tell():
             writer.writeheader()
         for policy in options.policies:
-            backend, flags = POLICIES[policy]
-            with needle_server(backend, *flags) as server:
+            is_dense, flags = POLICIES[policy]
+            with needle_server(is_dense, *flags, device=options.device) as server:
                 for length in options.lengths:
                     for seed in options.seeds:
                         for row in measure(server, policy, length, seed, count_tokens):

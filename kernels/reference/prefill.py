@@ -26,7 +26,7 @@ def cut_blocks(start: int, end: int, block: int) -> Iterator[tuple[int, int]]:
 
 def first_sparse_position(start: int, end: int, block: int, window: Window) -> int:
     """Start of the first block of [start, end) that selects; those before it are dense. ``end`` if none."""
-    return next((lo for lo, _ in cut_blocks(start, end, block) if lo > window.size), end)
+    return next((lo for lo, _ in cut_blocks(start, end, block) if lo > window.dense_len), end)
 
 
 def mean_queries(query: torch.Tensor, start: int, sub_block: int) -> torch.Tensor:

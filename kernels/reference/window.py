@@ -10,20 +10,30 @@ import torch
 
 @dataclass(frozen=True)
 class Window:
-    """Sizes in tokens: the sink, the voted budget and the local window (paper: n_init, k, n_local)."""
+    """Sizes in tokens: the sink, the voted budget and the local window (paper: n_init, k, n_local).
+
+    Attributes:
+        min_len: requests up to this length attend to everything, even if the window is smaller.
+    """
 
     num_sink: int
     budget: int
     num_local: int
+    min_len: int = 0
 
     @property
     def size(self) -> int:
-        """Tokens attended at most, the block of a prefill not counted."""
+        """Tokens that a selection attends to, the block of a prefill not counted."""
         return self.num_sink + self.budget + self.num_local
+
+    @property
+    def dense_len(self) -> int:
+        """Length up to which a request attends to everything."""
+        return max(self.size, self.min_len)
 
     def attended_length(self, seq_len: int) -> int:
         """Tokens that a decode query of a request with ``seq_len`` cached tokens attends to."""
-        return min(seq_len, self.size)
+        return seq_len if seq_len <= self.dense_len else self.size
 
     def positions(self, ranked: torch.Tensor, end: int, *, age: int = 0) -> torch.Tensor:
         """Sink, voted and local positions before ``end``, ascending.

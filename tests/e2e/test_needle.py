@@ -48,11 +48,11 @@ def test_tokenselect_finds_needles(tokenselect, length):
 
 def test_the_same_without_choosing_finds_nothing(tokenselect):
     """Sink and local tokens alone, as many: what is found is found by the votes."""
-    with needle_server("tokenselect", "--tokenselect-budget", "0", "--tokenselect-local", "576") as server:
+    with needle_server(False, "--tokenselect-budget", "0", "--tokenselect-local", "576") as server:
         assert accuracy(server, 8192) <= 0.25
 
 
 def test_dense_attention_is_lost_there():
-    with needle_server("torch_native") as server:
+    with needle_server(is_dense=True) as server:
         assert accuracy(server, 4096) >= 0.95
         assert accuracy(server, 16384, num_questions=4) < 0.6

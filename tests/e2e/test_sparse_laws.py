@@ -14,7 +14,7 @@ from sglang_tokenselect.server_process import ServerProcess
 
 SPARSE = (
     *("--tokenselect-sink", "16", "--tokenselect-budget", "48", "--tokenselect-local", "32"),
-    *("--tokenselect-block", "32", "--tokenselect-sub-block", "8"),
+    *("--tokenselect-block", "32", "--tokenselect-sub-block", "8", "--tokenselect-min-len", "0"),
 )
 
 

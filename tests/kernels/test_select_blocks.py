@@ -32,7 +32,9 @@ class Extend:
 
     Args:
         spans: positions [start, end) and budget of each request's extend. Blocks that its window reaches from the
-            beginning are left out, as they are dense; their queries remain between those of the others.
+            beginning are dense.
+        dense: whether those are items of their own, one for each request; else they are left out and their queries
+            remain between those of the others.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Extend:
         key_dtype: torch.dtype | None = None,
         k_scale: float = 1.0,
         query_scale: float = 0.3,
+        dense: bool = False,
         seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -63,14 +66,16 @@ class Extend:
         num_queries = 3
         for row, (start, end, budget) in zip(self.rows, spans, strict=True):
             table[row, :end], order = order[:end], order[end:]
-            window = Window(num_sink, budget, num_local)
-            self.blocks += [
+            sparse = prefill.first_sparse_position(start, end, block, Window(num_sink, budget, num_local))
+            if dense and sparse > start:
+                self.blocks.append(PrefillBlock(row, start, sparse, num_queries, -1))
+            blocks = [
                 PrefillBlock(row, lo, hi, num_queries + lo - start, budget)
-                for lo, hi in prefill.cut_blocks(start, end, block)
-                if lo > window.size
+                for lo, hi in prefill.cut_blocks(sparse, end, block)
             ]
+            self.blocks += blocks
             num_queries += end - start
-            last = max((item.start for item in self.blocks if item.req_pool_idx == row), default=0)
+            last = blocks[-1].start if blocks else 0
             candidates = table[row, num_sink : max(last - num_local, num_sink)].long()
             pool[candidates] = torch.randn(len(candidates), num_kv_heads, head_dim, generator=generator)
         self.keys = PagedKeys(pool.to(dtype).to(key_dtype or dtype).to(DEVICE), table.to(DEVICE), k_scale)
@@ -117,7 +122,7 @@ class Extend:
         vote_scale: float = 1.0,
         combine: str = "max",
     ) -> list[torch.Tensor]:
-        """Positions that each block attends to, in the order of their slots."""
+        """Positions that each block attends to, in the order of their slots; none of a dense one."""
         plan = plan or self.plan(self.limits())
         state = state or self.state(plan.limits)
         indptr = plan.kv_indptr_cpu.tolist()
@@ -137,6 +142,9 @@ class Extend:
         return [self._positions(item, kv_indices[first:last]) for item, first, last in spans]
 
     def _positions(self, item: PrefillBlock, slots: torch.Tensor) -> torch.Tensor:
+        if item.is_dense:
+            assert (slots == UNWRITTEN).all(), f"{item}: written though it is the caller's"
+            return slots[:0]
         owned = self.keys.req_to_token[item.req_pool_idx, : item.end].long()
         position = torch.full((self.keys.pool.shape[0],), -1, device=DEVICE)
         position[owned] = torch.arange(item.end, device=DEVICE)
@@ -147,6 +155,8 @@ class Extend:
         """Raises unless the positions are right for every block."""
         assert len(found) == len(self.blocks) > 0
         for item, positions in zip(self.blocks, found, strict=True):
+            if item.is_dense:
+                continue
             assert (positions.diff() > 0).all(), f"{item}: not strictly ascending"
             sink, chosen, tail = positions.split(
                 [self.num_sink, item.budget, self.num_local + item.end - item.start],
@@ -196,6 +206,40 @@ def test_mixed_requests(combine):
     ]  # fmt: skip
     assert [(item.start, item.end) for item in extend.blocks[5:]] == [(64, 96), (96, 128), (128, 130), (301, 302)]
     check(extend, combine=combine, vote_scale=0.7)
+
+
+# A request that is dense, one that begins so in the middle of a block, one that votes from its first query on.
+WITH_DENSE = [(0, 45, 40), (30, 130, 17), (243, 365, 40), (0, 3, 5)]
+
+
+@pytest.mark.parametrize(("max_rows", "num_parts"), [(8, 1), (5, 2)])
+def test_dense_items(max_rows, num_parts):
+    """First, between others and last; longer than a block; they need no rows of the workspace."""
+    extend = Extend(WITH_DENSE, dense=True)
+    assert [(item.start, item.end) for item in extend.blocks if item.is_dense] == [(0, 45), (30, 64), (0, 3)]
+    assert len(extend.blocks) == 8 + 3
+    plan = extend.plan(extend.limits(max_rows=max_rows))
+    assert len(plan.parts) == num_parts
+    extend.check(extend.run(plan))
+
+
+def test_a_dense_item_between_blocks_of_one_request():
+    """It changes nothing for the others."""
+    extend, other = Extend(MIXED), Extend(MIXED)
+    other.blocks[2] = dataclasses.replace(other.blocks[2], budget=-1)
+    expected, found = extend.run(), other.run()
+    other.check(found)
+    for index in {*range(len(expected))} - {2}:
+        assert found[index].tolist() == expected[index].tolist()
+
+
+def test_a_plan_of_dense_items():
+    extend = Extend([(0, 45, 40), (7, 50, 40)], dense=True)
+    plan = extend.plan(extend.limits(max_rows=1))
+    assert plan.parts == () and plan.num_means == 0
+    assert plan.kv_indptr_cpu.tolist() == plan.kv_indptr.tolist() == [0, 45, 95] and plan.num_slots == 95
+    assert plan.qo_indptr_cpu.tolist() == [0, 45, 88]
+    assert [positions.tolist() for positions in extend.run(plan)] == [[], []]
 
 
 @pytest.mark.parametrize(("dtype", "key_dtype"), DTYPES)
@@ -293,21 +337,28 @@ def test_nan_in_a_query_keeps_the_lengths():
 
 def test_plan():
     """Row lengths, and the same pointers on both sides."""
-    extend = Extend(MIXED)
+    extend = Extend(MIXED, dense=True)
     plan = extend.plan(extend.limits(max_rows=5))
-    lengths = [5 + item.budget + 12 + item.end - item.start for item in extend.blocks]
+    sparse = [index for index, item in enumerate(extend.blocks) if not item.is_dense]
+    blocks = [extend.blocks[index] for index in sparse]
+    assert len(blocks) == len(extend.blocks) - 1
+    lengths = [item.end if item.is_dense else 5 + item.budget + 12 + item.end - item.start for item in extend.blocks]
     assert plan.kv_indptr_cpu.diff().tolist() == lengths and plan.kv_indptr_cpu[0] == 0
+    assert plan.num_slots == sum(lengths)
+    assert plan.qo_indptr_cpu.diff().tolist() == [item.end - item.start for item in extend.blocks]
+    assert plan.qo_indptr_cpu[0] == 0 and plan.qo_indptr_cpu.dtype == torch.int32
+    assert plan.qo_indptr_cpu.device.type == "cpu"
     assert plan.kv_indptr_cpu.device.type == "cpu" and plan.kv_indptr_cpu.dtype == torch.int32
     assert torch.equal(plan.kv_indptr.cpu(), plan.kv_indptr_cpu)
-    assert torch.equal(torch.cat([part.kv_indptr[:-1] for part in plan.parts]), plan.kv_indptr[:-1])
+    assert torch.equal(torch.cat([part.kv_start for part in plan.parts]), plan.kv_indptr[sparse])
     rows = [part.rows for part in plan.parts]
-    assert torch.cat([r.num_chosen for r in rows]).tolist() == [item.budget for item in extend.blocks]
-    assert torch.cat([r.kv_end for r in rows]).tolist() == [item.end for item in extend.blocks]
+    assert torch.cat([r.num_chosen for r in rows]).tolist() == [item.budget for item in blocks]
+    assert torch.cat([r.kv_end for r in rows]).tolist() == [item.end for item in blocks]
     assert plan.kv_indptr.untyped_storage().data_ptr() == rows[1].kv_end.untyped_storage().data_ptr(), "one copy"
 
 
 def test_a_plan_of_nothing():
-    """All blocks are dense."""
+    """No blocks."""
     extend = Extend([(100, 200, 20)])
     limits, extend.blocks = extend.limits(), []
     assert extend.run(extend.plan(limits)) == []
@@ -320,8 +371,10 @@ ITEM = PrefillBlock(req_pool_idx=1, start=70, end=96, first_query=0, budget=40)
     ("item", "sizes", "message"),
     [
         ({"start": 57}, {}, r"blocks\[1\].start: expected more than 57, the window, got 57"),
-        ({"budget": 41}, {}, r"blocks\[1\].budget: expected 0 to 40, got 41"),
-        ({"budget": -1}, {}, r"blocks\[1\].budget: expected 0 to 40, got -1"),
+        ({"budget": 41}, {}, r"blocks\[1\].budget: expected -1 to 40, got 41"),
+        ({"budget": -2}, {}, r"blocks\[1\].budget: expected -1 to 40, got -2"),
+        ({"budget": -1, "start": -1}, {}, r"blocks\[1\]: expected 0 <= start < end, got -1 and 96"),
+        ({"budget": -1, "end": 70}, {}, r"blocks\[1\]: expected 0 <= start < end, got 70 and 70"),
         ({"end": 70}, {}, r"blocks\[1\].end: expected 71 to 96, got 70"),
         ({"end": 97}, {}, r"blocks\[1\].end: expected 71 to 96, got 97"),
         ({"start": 97, "end": 101}, {}, r"blocks\[1\].end: expected 98 to 100, got 101"),

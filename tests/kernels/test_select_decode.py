@@ -10,7 +10,7 @@ from paged import DecodeStep, PagedBatch, poison
 
 from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference.window import Window
-from sglang_tokenselect.kernels.workspace import DecodeWorkspace, WorkspaceLimits
+from sglang_tokenselect.kernels.workspace import TILE, DecodeWorkspace, WorkspaceLimits
 
 WINDOW = Window(num_sink=5, budget=40, num_local=12)
 
@@ -79,6 +79,65 @@ def test_a_batch_in_parts_selects_the_same(max_candidates):
     check_step(step)
 
 
+@pytest.mark.parametrize("max_candidates", [700, 500])
+def test_no_more_parts_than_the_candidates_need(max_candidates):
+    """Rows without candidates are written though no part is run for them: those at the end would be in the next."""
+    paged = PagedBatch([500, 57, 320, 1, 444, 380, 30, 57])
+    step = DecodeStep(paged, WINDOW, max_candidates=max_candidates)
+    limits = step.workspace.limits
+    step.num_parts = limits.count_parts(step.candidates())
+    assert 1 < step.num_parts < limits.num_parts(len(paged))
+    check_step(step)
+
+
+def test_one_part_and_rows_that_would_be_in_the_next():
+    step = DecodeStep(PagedBatch([500, 320, 57, 30]), WINDOW, max_candidates=500)
+    tiles = sum(-(-count // TILE) for count in step.candidates())
+    assert tiles >= step.workspace.limits.part_tiles
+    step.num_parts = step.workspace.limits.count_parts(step.candidates())
+    assert step.num_parts == 1
+    check_step(step)
+
+
+def test_more_rows_than_the_smallest_block():
+    check_step(DecodeStep(PagedBatch([50 + 9 * row for row in range(17)]), WINDOW))
+
+
+@pytest.mark.parametrize("max_candidates", [None, 500])
+@pytest.mark.parametrize("window", [WINDOW, Window(0, 40, 0)], ids=str)
+def test_rows_that_the_caller_writes(window, max_candidates):
+    """Budget -1: such rows stay as they are, and so do their cache entries, whatever these hold."""
+    budgets = [-1, 40, -1, 17, -1, 40, 0, -1]
+    slots = [0, 1, 2, 3, -1, -1, 4, -1]
+    step = DecodeStep(
+        PagedBatch([300, 500, 40, 411, 444, 320, 200, 1]),
+        window,
+        budgets=budgets,
+        cache_slots=slots,
+        max_candidates=max_candidates,
+        theta=-1.0,
+    )
+    step.batch.req_pool_indices[7] = 0  # the padding of a CUDA graph
+    step.cache.seq_len[[0, 2]] = torch.tensor([299, 39], dtype=torch.int32, device=DEVICE)
+    step.cache.vote_len[[0, 2]] = 40
+    before = {name: tensor.clone() for name, tensor in vars(step.cache).items()}
+    step.num_parts = step.workspace.limits.count_parts(step.candidates())
+    check_step(step)
+    assert step.cache.counters.tolist() == [0, 3]
+    for name in ("query", "vote", "vote_len", "seq_len", "cut"):
+        was, now = before[name][[0, 2]], getattr(step.cache, name)[[0, 2]]
+        torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_batch_that_the_caller_writes():
+    step = DecodeStep(PagedBatch([300, 1, 58]), WINDOW, budgets=[-1] * 3)
+    assert step.run() == [[], [], []]
+    for name, numbers in vars(step.rows).items():
+        assert not numbers.any(), name
+    assert step.cache.counters.tolist() == [0, 0]
+    assert (step.workspace.maxima == -1).all() and (step.workspace.arrivals == 0).all()
+
+
 def test_a_row_does_not_depend_on_its_neighbours():
     together = DecodeStep(PagedBatch([500, 320, 444]), WINDOW)
     expected = together.run()
@@ -124,6 +183,9 @@ def test_errors_name_what_they_expected():
     paged = PagedBatch([100, 90])
     step = DecodeStep(paged, WINDOW)
     step.plan()
+    step.num_parts = 0
+    with pytest.raises(ValueError, match="num_parts: expected 1 at least, got 0"):
+        step.launch()
     paged.query = paged.query[:, :2]
     with pytest.raises(ValueError, match=r"query: expected \(2, 4, 64\)"):
         step.launch()

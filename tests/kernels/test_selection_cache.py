@@ -8,10 +8,12 @@ import random
 import pytest
 import torch
 from accelerator import DEVICE
-from paged import DecodeStep, PagedBatch, poison
+from paged import DecodeStep, PagedBatch, poison, poison_entries
 
 from sglang_tokenselect.kernels.reference.cache import CachedSelection
 from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.kernels.selection_cache import SelectionCache, SelectionCaches
+from sglang_tokenselect.kernels.workspace import nbytes
 
 NEEDS_CUDA = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
 WINDOW = Window(num_sink=5, budget=40, num_local=12)
@@ -145,6 +147,91 @@ def test_a_request_within_its_window_leaves_its_entry_alone():
     step = growing([57, 58], steps=0)
     step.run()
     assert step.cache.seq_len.tolist() == [0, 58]
+
+
+def test_hits_need_no_part_of_their_own():
+    """Rows that reuse a vote, that fit their window and that vote, in the parts that all votes would need."""
+    step = growing([500, 57, 320, 444, 380, 30], steps=1, max_candidates=500, theta=-1.0)
+    limits = step.workspace.limits
+    for ages in ([0] * 6, [1, 0, 1, 0, 1, 0]):
+        step.num_parts = limits.count_parts(step.candidates())
+        assert 1 < step.num_parts < limits.num_parts(6)
+        for row, positions in enumerate(step.run()):
+            step.check(row, positions, age=ages[row])
+        step.batch.seq_lens.add_(1)
+        step.cache.seq_len[3] = 0
+    assert step.cache.counters.tolist() == [3, 6]
+
+
+def caches_like(step: DecodeStep, num_layers: int, num_slots: int) -> SelectionCaches:
+    """Caches for the step's queries, their entries poisoned."""
+    cache = step.cache
+    sizes = (cache.query.shape[1], cache.vote.shape[1])
+    caches = SelectionCaches.create(num_layers, num_slots, *sizes, cache.query.dtype, DEVICE)
+    for index in range(num_layers):
+        poison_entries(caches.layer(index))
+    return caches
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_layers_have_entries_of_their_own(layer):
+    """An odd number of slots: no layer's entries are aligned as another's."""
+    step = growing([300, 411, 58], steps=2)
+    caches = caches_like(step, num_layers=3, num_slots=3)
+    step.cache = caches.layer(layer)
+    for age in range(3):
+        for row, positions in enumerate(step.run()):
+            step.check(row, positions, age=age)
+        step.batch.seq_lens.add_(1)
+    others = [index for index in range(3) if index != layer]
+    assert caches.seq_len[layer].tolist() == [300, 411, 58] and not caches.seq_len[others].any()
+    assert caches.counters[layer].tolist() == [6, 3] and not caches.counters[others].any()
+    for index in others:
+        assert (caches.layer(index).vote == 2**62).all() and caches.layer(index).query.isnan().all()
+
+
+def test_forget():
+    """These slots of every layer, and no others; a batch in which nobody ended has none."""
+    caches = SelectionCaches.create(2, 5, 64, 40, torch.float16, DEVICE)
+    caches.seq_len.fill_(9)
+    for slots in ([], [3, 0]):
+        caches.forget(torch.tensor(slots, dtype=torch.int64, device=DEVICE))
+    assert caches.seq_len.tolist() == [[0, 9, 9, 0, 9]] * 2
+    assert caches.layer(1).seq_len.tolist() == [0, 9, 9, 0, 9]
+    assert caches.num_slots == 5 and caches.layer(1) is caches.layer(1)
+
+
+def test_no_slots():
+    """Memory for no entry: every row votes in every step."""
+    step = growing([300, 411], steps=1, cache_slots=[-1, -1])
+    caches = caches_like(step, num_layers=2, num_slots=0)
+    step.cache = caches.layer(1)
+    for _ in range(2):
+        for row, positions in enumerate(step.run()):
+            step.check(row, positions)
+        step.batch.seq_lens.add_(1)
+    caches.forget(torch.empty(0, dtype=torch.int64, device=DEVICE))
+    assert caches.num_slots == 0 and caches.counters.tolist() == [[0, 0], [0, 4]]
+
+
+@pytest.mark.parametrize("num_slots", [0, 1, 7])
+def test_bytes_are_known_beforehand(num_slots):
+    sizes = (3, num_slots, 256, 40, torch.bfloat16)
+    caches = SelectionCaches.create(*sizes, DEVICE)
+    layers = [tensor for index in range(3) for tensor in vars(caches.layer(index)).values()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in layers}
+    assert SelectionCaches.nbytes(*sizes) == nbytes(caches) == sum(storages.values())
+    assert len(storages) == (len(vars(caches.layer(0))) if num_slots else 2)
+    assert SelectionCaches.nbytes(*sizes) == 3 * (num_slots * (256 * 2 + 8 * 40 + 16) + 16)
+
+
+def test_one_layer_is_as_one_of_many():
+    """What `SelectionCache.create` makes and a layer of `SelectionCaches` differ in nothing but where they lie."""
+    alone = SelectionCache.create(5, 64, 40, torch.float16, DEVICE)
+    layer = SelectionCaches.create(2, 5, 64, 40, torch.float16, DEVICE).layer(1)
+    for name, tensor in vars(alone).items():
+        other = getattr(layer, name)
+        assert (tensor.shape, tensor.dtype, tensor.stride()) == (other.shape, other.dtype, other.stride()), name
 
 
 def walk(step: DecodeStep, launch, *, steps: int, seed: int) -> None:

@@ -26,6 +26,12 @@ def poison(workspace: Workspace) -> None:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 2**30 - 1)
 
 
+def poison_entries(cache: SelectionCache) -> None:
+    """Garbage in entries that hold no vote."""
+    cache.query.fill_(torch.nan)
+    cache.vote.fill_(2**62)
+
+
 class PagedBatch:
     """Decode requests whose slots are scattered in a pool that is NaN everywhere else.
 
@@ -80,9 +86,9 @@ class PagedBatch:
 
     def cache(self, max_budget: int, num_slots: int | None = None) -> SelectionCache:
         size = self.num_qo_heads * self.head_dim
-        cache = SelectionCache.create(num_slots or len(self), size, max_budget, self.query.dtype, DEVICE)
-        cache.query.fill_(torch.nan)
-        cache.vote.fill_(2**62)
+        num_slots = len(self) if num_slots is None else num_slots
+        cache = SelectionCache.create(num_slots, size, max_budget, self.query.dtype, DEVICE)
+        poison_entries(cache)
         return cache
 
     def scores(self, row: int, seq_len: int, window: Window, *, vote_scale: float = 1.0) -> torch.Tensor:
@@ -93,7 +99,7 @@ class PagedBatch:
 
 
 class DecodeStep:
-    """One layer's selection state, stepped as a server would."""
+    """One layer's selection state, stepped as a server would. Budget -1: the caller writes the row's slots."""
 
     def __init__(
         self,
@@ -107,8 +113,9 @@ class DecodeStep:
         theta: float = 0.9,
         max_reuse: int = 64,
         vote_scale: float = 1.0,
+        num_parts: int | None = None,
     ) -> None:
-        self.paged, self.window, self.vote_scale = paged, window, vote_scale
+        self.paged, self.window, self.vote_scale, self.num_parts = paged, window, vote_scale, num_parts
         max_budget = max_budget or max([window.budget, *(budgets or [])])
         count = len(paged)
 
@@ -127,15 +134,21 @@ class DecodeStep:
         self.workspace = paged.workspace(max_budget, max_candidates=max_candidates)
         self.cache = paged.cache(max_budget, max(count, 1 + max(self.batch.cache_slots.tolist())))
         self.rows = SelectionRows.empty(count, DEVICE)
-        self.kv_indices = torch.empty(count * (window.size + max_budget + 64), dtype=torch.int32, device=DEVICE)
+        self.kv_indices = torch.empty(count * paged.max_len + 64, dtype=torch.int32, device=DEVICE)
 
     def windows(self) -> list[Window]:
         sizes = self.window
         return [Window(sizes.num_sink, budget, sizes.num_local) for budget in self.batch.budgets.tolist()]
 
+    def candidates(self) -> list[int]:
+        """What the host knows of each row's candidates: how many it has unless it reuses a vote."""
+        rows = zip(self.windows(), self.batch.seq_lens.tolist(), strict=True)
+        return [n - w.num_sink - w.num_local if w.budget > 0 and n > w.size else 0 for w, n in rows]
+
     def plan(self) -> None:
         """What the host does once a step: where each row's slots go. Poisons what they replace."""
-        lengths = [w.attended_length(n) for w, n in zip(self.windows(), self.batch.seq_lens.tolist(), strict=True)]
+        rows = zip(self.windows(), self.batch.seq_lens.tolist(), strict=True)
+        lengths = [n if w.budget < 0 else w.attended_length(n) for w, n in rows]
         self.batch.kv_indptr[1:] = torch.tensor(lengths, device=DEVICE).cumsum(0)
         self.kv_indices.fill_(UNWRITTEN)
 
@@ -151,10 +164,11 @@ class DecodeStep:
             num_sink=self.window.num_sink,
             num_local=self.window.num_local,
             vote_scale=self.vote_scale,
+            num_parts=self.num_parts,
         )
 
     def run(self) -> list[list[int]]:
-        """One step. Returns the positions that each row attends to."""
+        """One step. Returns the positions that each row attends to, none of a row that the caller writes."""
         self.plan()
         self.launch()
         return self.positions()
@@ -164,9 +178,14 @@ class DecodeStep:
         assert (self.kv_indices[indptr[-1] :] == UNWRITTEN).all(), "written behind the last row"
         position_of = torch.full((self.paged.keys.pool.shape[0],), -1, dtype=torch.int64, device=DEVICE)
         found = []
-        for row, seq_len in enumerate(self.batch.seq_lens.tolist()):
-            position_of[self.paged.slots[row, :seq_len].long()] = torch.arange(seq_len, device=DEVICE)
+        rows = zip(self.batch.seq_lens.tolist(), self.batch.budgets.tolist(), strict=True)
+        for row, (seq_len, budget) in enumerate(rows):
             slots = self.kv_indices[indptr[row] : indptr[row + 1]].long()
+            if budget < 0:
+                assert (slots == UNWRITTEN).all(), f"row {row}: written though it is the caller's"
+                found.append([])
+                continue
+            position_of[self.paged.slots[row, :seq_len].long()] = torch.arange(seq_len, device=DEVICE)
             assert (slots >= 0).all(), f"row {row}: not all slots are written"
             found.append(position_of[slots].tolist())
             position_of[self.paged.slots[row, :seq_len].long()] = -1
@@ -176,6 +195,9 @@ class DecodeStep:
         """Raises unless ``positions`` are a right selection of a row whose vote is ``age`` tokens old."""
         seq_len = int(self.batch.seq_lens[row])
         window = self.windows()[row]
+        if window.budget < 0:
+            assert positions == []
+            return
         if seq_len <= window.size:
             assert positions == list(range(seq_len))
             return

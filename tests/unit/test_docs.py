@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.flags import shown_default
 
 REPO = Path(__file__).parents[2]
 
@@ -20,8 +21,8 @@ def options_table() -> str:
     """The README's table, from the configuration: paste what a failing test prints."""
     rows = ["| flag | default | meaning |", "|---|---|---|"]
     for option in fields(TokenSelectConfig):
-        default = "none" if option.default == () else option.default
-        rows.append(f"| `--tokenselect-{option.name.replace('_', '-')}` | {default} | {option.metadata['help']} |")
+        name = option.name.replace("_", "-")
+        rows.append(f"| `--tokenselect-{name}` | {shown_default(option)} | {option.metadata['help']} |")
     return "\n".join(rows)
 
 

@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_tokenselect import compat, cpu_platform, plugin, refusals
 from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.model_shape import ModelShape
 from sglang_tokenselect.patches import chunk_alignment, hook, install
 
 REPO = Path(__file__).parents[2]
@@ -179,15 +181,12 @@ def test_speculative_decoding_is_refused():
 
 
 MLA = {"kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
-SLIDING = {"use_sliding_window": True, "sliding_window": 64}
 REFUSED_MODELS = [
     ("deepseek_v2", "DeepseekV2ForCausalLM", MLA, "latent attention"),
     ("mllama", "MllamaForConditionalGeneration", {}, "cross attention"),
     ("bert", "BertModel", {}, "does not decode"),
-    ("mistral", "MistralForCausalLM", {"sliding_window": 64}, "model: expected one of LlamaForCausalLM"),
-    ("qwen2", "Qwen2ForCausalLM", SLIDING, "sliding-window layers"),
     ("qwen3_next", "Qwen3NextForCausalLM", {}, "linear attention"),
-    ("gemma2", "Gemma2ForCausalLM", {}, "model: expected one of LlamaForCausalLM"),
+    ("gemma", "GemmaForCausalLM", {}, "model: expected one of LlamaForCausalLM"),
 ]
 
 
@@ -206,7 +205,16 @@ def test_models_are_refused_with_the_reason(tmp_path, model_type, architecture, 
 
 @pytest.mark.parametrize(
     ("model_type", "architecture"),
-    [("llama", "LlamaForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")],
+    [
+        ("llama", "LlamaForCausalLM"),
+        ("mistral", "MistralForCausalLM"),
+        ("mixtral", "MixtralForCausalLM"),
+        ("qwen2", "Qwen2ForCausalLM"),
+        ("qwen2_moe", "Qwen2MoeForCausalLM"),
+        ("qwen3", "Qwen3ForCausalLM"),
+        ("qwen3_moe", "Qwen3MoeForCausalLM"),
+        ("gemma2", "Gemma2ForCausalLM"),
+    ],
 )
 def test_served_models_pass(tmp_path, model_type, architecture):
     config = model_config(write_config(tmp_path, model_type, architecture))
@@ -233,10 +241,55 @@ def test_dense_layers_must_exist(llama):
         refusals.check_model(model_config(llama), TokenSelectConfig(dense_layers=(0, 2)))
 
 
-def test_accelerators_are_refused():
-    """On a machine that has one; SGLang resolves the device before this check, 0.5.23 right after it."""
-    with pytest.raises(refusals.Refusal, match="device: expected None or 'cpu', got 'cuda'"):
-        refusals.check_server_args(SimpleNamespace(attention_backend="tokenselect", device="cuda"), TokenSelectConfig())
+def test_other_devices_are_refused():
+    args = SimpleNamespace(attention_backend="tokenselect", device="xpu")
+    with pytest.raises(refusals.Refusal, match="device: expected None or 'cpu' or 'cuda', got 'xpu'"):
+        refusals.check_server_args(args, TokenSelectConfig())
+
+
+@pytest.mark.parametrize(
+    ("phase", "backend"), [("prefill", "full"), ("prefill", "tc_piecewise"), ("decode", "breakable")]
+)
+def test_cuda_graphs_that_cannot_hold_the_selection_are_refused(phase, backend):
+    graphs = {"prefill": SimpleNamespace(backend="breakable"), "decode": SimpleNamespace(backend="full")}
+    graphs[phase] = SimpleNamespace(backend=backend)
+    args = SimpleNamespace(attention_backend="tokenselect", device="cuda", cuda_graph_config=SimpleNamespace(**graphs))
+    with pytest.raises(refusals.Refusal, match=f"cuda_graph_backend_{phase}: expected .* got '{backend}'"):
+        refusals.check_server_args(args, TokenSelectConfig())
+
+
+H200, LLAMA_8B = (9, 0), ModelShape(32, 32, 8, 128, torch.bfloat16, 131072)
+REFUSED_ON_GPUS = [
+    ((8, 0), LLAMA_8B, {}, (), "GPU: expected compute capability 9.0"),
+    (H200, replace(LLAMA_8B, head_dim=256), {}, (), "head_dim 64 or 128, got head_dim 256"),
+    (H200, replace(LLAMA_8B, dtype=torch.float32), {}, (), "dtype: expected bfloat16 or float16"),
+    (H200, LLAMA_8B, {"budget": 8193}, (), "budget: expected at most 8192 on a GPU, got 8193"),
+    (H200, LLAMA_8B, {"block": 96, "sub_block": 32}, (), "sub_block: expected what the kernels"),
+    (H200, LLAMA_8B, {"positions": "compact"}, (0,), "no sliding-window layers"),
+]
+
+
+@pytest.mark.parametrize(("capability", "shape", "options", "sliding", "message"), REFUSED_ON_GPUS, ids=str)
+def test_what_gpus_do_not_serve_is_refused(monkeypatch, capability, shape, options, sliding, message):
+    monkeypatch.setattr(compat, "check_gpu_versions", lambda: None)
+    with pytest.raises(refusals.Refusal, match=message):
+        refusals.check_gpu(capability, shape, TokenSelectConfig(**options), sliding)
+
+
+def test_the_rest_is_served_on_gpus(monkeypatch):
+    monkeypatch.setattr(compat, "check_gpu_versions", lambda: None)
+    refusals.check_gpu(H200, LLAMA_8B, TokenSelectConfig(dense_layers=(0,)), sliding_layers=(1,))
+
+
+def test_gpus_need_the_versions_that_were_tested(monkeypatch):
+    monkeypatch.setattr(compat, "version", {"sglang": "0.5.17", "flashinfer-python": "0.7.2"}.get)
+    with pytest.raises(RuntimeError, match="flashinfer-python with a GPU: expected 0.6.15, got 0.7.2"):
+        compat.check_gpu_versions()
+
+
+def test_the_cpu_runner_has_no_sliding_windows():
+    with pytest.raises(refusals.Refusal, match=r"no sliding-window layers on a CPU, got layers \[1\]"):
+        refusals.check_torch_layers({1})
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,39 @@ def test_rotation(neox, rotary_dim):
     assert torch.equal(turned[..., rotary_dim:], x[..., rotary_dim:])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rotation_of_half_precision_is_rounded_once(dtype):
+    """A table in the dtype of the queries would be off by as much as the result's own rounding."""
+    x = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    positions = torch.tensor([1, 4095, 131_071])
+    turned = Rope.from_theta(1e6, 64, 131_072).rotate(x, positions)
+    assert turned.dtype == dtype
+    for row, position in enumerate(positions.tolist()):
+        exact = naive.rotate(x[row], position, 1e6)
+        error = (turned[row].double() - exact).abs()
+        assert (error <= 0.5 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+
+
+def test_a_rope_knows_its_base():
+    assert Rope.from_theta(50.0, 16, 32).theta == 50.0
+    assert Rope(torch.zeros(1, 16)).theta == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("min_len", "lengths"),
+    [
+        (0, {1: 1, 10: 10, 11: 10, 100: 10}),
+        (7, {1: 1, 10: 10, 11: 10, 100: 10}),
+        (64, {1: 1, 11: 11, 64: 64, 65: 10}),
+    ],
+)
+def test_attended_length(min_len, lengths):
+    """A request that fits the window, or is no longer than min_len, attends to everything."""
+    window = Window(num_sink=2, budget=5, num_local=3, min_len=min_len)
+    assert {n: window.attended_length(n) for n in lengths} == lengths
+    assert window.size == 10 and window.dense_len == max(10, min_len)
+
+
 class TestCache:
     window = Window(num_sink=2, budget=6, num_local=3)
     query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])

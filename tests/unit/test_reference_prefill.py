@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import naive
 import pytest
 import torch
@@ -32,6 +34,14 @@ def test_early_blocks_are_dense():
     assert first_sparse_position(0, 64, 5, WINDOW) == 15
     assert first_sparse_position(11, 64, 4, WINDOW) == 11
     assert first_sparse_position(0, 10, 4, WINDOW) == 10
+
+
+def test_blocks_up_to_min_len_are_dense():
+    window = dataclasses.replace(WINDOW, min_len=31)
+    assert first_sparse_position(0, 64, 4, window) == 32
+    assert first_sparse_position(0, 64, 31, window) == 62
+    assert first_sparse_position(31, 64, 4, window) == 32
+    assert first_sparse_position(0, 64, 4, dataclasses.replace(WINDOW, min_len=9)) == 12
 
 
 @pytest.mark.parametrize("start", [12, 13, 14])

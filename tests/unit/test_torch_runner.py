@@ -11,10 +11,11 @@ from sglang_tokenselect.kernels.reference.attention import attend_positions
 from sglang_tokenselect.kernels.reference.kv import RequestKV
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
-from sglang_tokenselect.torch_runner import LayerInput, TorchRunner
+from sglang_tokenselect.runner import LayerInput
+from sglang_tokenselect.torch_runner import TorchRunner
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
-SMALL = {"sink": 4, "budget": 12, "local": 8, "block": 16, "sub_block": 4}
+SMALL = {"sink": 4, "budget": 12, "local": 8, "block": 16, "sub_block": 4, "min_len": 0}
 SCALING = 0.25
 
 
@@ -40,9 +41,8 @@ class Server:
             requests.append(RequestPlan(row, start + len(query), first, len(query)))
             queries.append(query)
             first += len(query)
-        plan = ForwardPlan(is_decode, tuple(requests))
-        self.runner.begin(plan)
-        return list(self.runner.run(torch.cat(queries), self.layer, plan).split([len(q) for q in queries]))
+        self.runner.begin(ForwardPlan(is_decode, tuple(requests)))
+        return list(self.runner.run(torch.cat(queries), self.layer).split([len(q) for q in queries]))
 
     def decode(self, row, start, tokens):
         return self.forward((row, start, tokens), is_decode=True)[0]
@@ -193,8 +193,8 @@ def test_slots_may_change_under_a_running_request():
 def test_counters_tell_what_was_attended():
     server = Server()
     prompt = tokens(90, seed=10)
-    server.forward((0, 0, part(prompt, 0, 80)), (1, 0, part(prompt, 0, 10)))
-    server.forward((0, 80, part(prompt, 80, 81)), (1, 10, part(prompt, 10, 11)), is_decode=True)
+    server.forward((2, 0, part(prompt, 0, 80)), (1, 0, part(prompt, 0, 10)))
+    server.forward((2, 80, part(prompt, 80, 81)), (1, 10, part(prompt, 10, 11)), is_decode=True)
     counters = server.runner.counters
     assert (counters.decode_queries, counters.cached_tokens, counters.attended_tokens) == (2, 81 + 11, 24 + 11)
     assert counters.block_votes == 3  # blocks at 32, 48 and 64

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two CUDA graphs for each decode batch size: one that selects, one in which everything is attended to.
+
+Symptom without it: steps of short requests would run the selection's kernels for nothing, a step with more tokens
+than the selection's scratch holds would be replayed in a graph that is too small for it, and the scheduler would
+believe that a replay reads `req_to_token` no more, while the selection reads it in every layer.
+Seams: SGLang 0.5.17 captures two graphs of a batch size where its class says `record_nolora_graph` (meant for LoRA,
+refused here), and asks `_resolve_lora_variant` which one serves a batch; `can_run_graph`; `execute`, after which
+the scheduler waits for `war_fastpath_read_done_event`, or for the whole forward if there is none.
+May go when 0.5.17 is no longer served: later versions ask the backend for variants and for the end of its reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .hook import Hook
+
+_RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+_SELECTING, _EVERYTHING = "lora", "nolora"
+
+
+def capture_both() -> None:
+    """Has graph runners of this process capture both graphs."""
+    from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+
+    DecodeCudaGraphRunner.record_nolora_graph = True
+
+
+def captured_selection() -> bool | None:
+    """Whether the graph that is being captured selects; None where only one is captured."""
+    from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_lora_variant
+
+    label = get_capture_lora_variant()
+    return None if label is None else label == _SELECTING
+
+
+def _variant(original: Any, runner: Any, forward_batch: Any) -> str | None:
+    if not _is_ours(runner):
+        return original(runner, forward_batch)
+    selects = runner.attn_backend.decode_selects(forward_batch.seq_lens_cpu.tolist())
+    return _SELECTING if selects else _EVERYTHING
+
+
+def _can_run(result: bool, runner: Any, forward_batch: Any) -> bool | None:
+    if result and _is_ours(runner) and not forward_batch.forward_mode.is_idle():
+        return runner.attn_backend.fits_graph(forward_batch.seq_lens_cpu.tolist())
+    return None
+
+
+def _read_until_the_end(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
+    if _is_ours(runner) and runner.attn_backend.selects:
+        runner.model_runner.war_fastpath_read_done_event = None
+
+
+def _is_ours(runner: Any) -> bool:
+    return hasattr(runner.attn_backend, "decode_selects")
+
+
+HOOKS = (
+    Hook(f"{_RUNNER}._resolve_lora_variant", "around", _variant),
+    Hook(f"{_RUNNER}.can_run_graph", "after", _can_run),
+    Hook(f"{_RUNNER}.execute", "after", _read_until_the_end),
+)

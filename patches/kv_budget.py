@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV pool leaves room for the selection's memory.
+
+Symptom without it: SGLang sizes the KV pool before it builds the attention backend, so the selection cache and the
+scratch would come out of what it leaves for activations, and a large one could end in an out-of-memory error.
+Seam: `KVCacheConfigurator._profile_available_bytes`, the bytes that the pool is made from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_tokenselect import flags
+from sglang_tokenselect.plugin import BACKEND
+
+from .hook import Hook
+
+
+def _leave_room(result: int, configurator: Any, *args: Any, **kwargs: Any) -> int | None:
+    server_args = configurator.server_args
+    if server_args.attention_backend != BACKEND or configurator.device != "cuda":
+        return None
+    from sglang_tokenselect.gpu_buffers import reserved_bytes
+
+    return result - reserved_bytes(
+        flags.attached(server_args), configurator.model_config, configurator.kv_cache_dtype, server_args
+    )
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes", "after", _leave_room
+    ),
+)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the runner for the device, out of SGLang's model runner."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_tokenselect import refusals
+from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.model_shape import ModelShape, attention_layers, common_logit_cap, sliding_layers
+from sglang_tokenselect.patches import decode_graphs, rope
+from sglang_tokenselect.runner import Runner
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sglang_tokenselect.gpu_runner import GpuRunner
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+
+
+def create_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> Runner:
+    """
+    Raises:
+        Refusal: a model, GPU or option that the runner of this device does not serve.
+    """
+    if torch.device(model_runner.device).type == "cuda":
+        return _create_gpu_runner(model_runner, config)
+    from sglang_tokenselect.torch_runner import TorchRunner
+
+    layers = attention_layers(model_runner.model)
+    refusals.check_torch_layers(sliding_layers(layers))
+    ropes = rope.take_over_rope(model_runner.model) if config.is_compact else {}
+    return TorchRunner(config, model_runner.req_to_token_pool.req_to_token, ropes)
+
+
+def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> GpuRunner:
+    # FlashInfer and the Triton kernels are only imported where there is a GPU.
+    from sglang_tokenselect.dense_backend import DenseBackend
+    from sglang_tokenselect.flashinfer_attention import AttentionSpec, DecodeAttention, PrefillAttention
+    from sglang_tokenselect.gpu_buffers import GpuBuffers
+    from sglang_tokenselect.gpu_runner import GpuRunner
+
+    layers, dtype = attention_layers(model_runner.model), model_runner.kv_cache_dtype
+    sliding, logit_cap = sliding_layers(layers), common_logit_cap(layers)
+    all_ids = [layer.layer_id for layer in layers] or list(range(model_runner.token_to_kv_pool.layer_num))
+    layer_ids = [layer_id for layer_id in all_ids if layer_id not in sliding | set(config.dense_layers)]
+    shape = ModelShape.of(model_runner.model_config, dtype, len(layer_ids))
+    refusals.check_gpu(torch.cuda.get_device_capability(model_runner.device), shape, config, sliding)
+    table = rope.common_rope(rope.take_over_rope(model_runner.model), shape.head_dim) if config.is_compact else None
+    dense = None if config.is_compact else DenseBackend(model_runner, logit_cap)
+    pool = model_runner.req_to_token_pool
+    buffers = GpuBuffers.allocate(config, shape, max_rows=pool.size, device=model_runner.device)
+    decode_graphs.capture_both()
+    logger.info(
+        "TokenSelect: %.0f MiB on the GPU, %.0f MiB of it for the decode selections of %d requests in %d layers",
+        buffers.total_bytes / MIB,
+        buffers.cache_bytes / MIB,
+        config.cache_requests,
+        len(layer_ids),
+    )
+    theta = table.theta if table else None
+    spec = AttentionSpec(shape.num_qo_heads, shape.num_kv_heads, shape.head_dim, dtype, logit_cap, theta)
+    workspace = dense.workspace_buffer if dense else _float_workspace(model_runner.device)
+    return GpuRunner(
+        config,
+        layer_ids,
+        buffers,
+        pool.req_to_token,
+        DecodeAttention(spec, workspace, buffers.int_workspace, pool.size),
+        PrefillAttention(spec, workspace),
+        dense=dense,
+        dense_in_all_forwards=len(layer_ids) < len(all_ids),
+        rope=table,
+    )
+
+
+def _float_workspace(device: str) -> torch.Tensor:
+    """For FlashInfer, as large as SGLang makes it."""
+    from sglang.srt.environ import envs
+
+    return torch.empty(envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.get(), dtype=torch.uint8, device=device)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device memory of the GPU runner: sized from the model and the flags, allocated once at start.
+
+The same code allocates on the "meta" device to tell the bytes before the KV pool is sized.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.kernels.block_plan import BlockScratch, count_rows_per_block
+from sglang_tokenselect.kernels.rows import SelectionRows
+from sglang_tokenselect.kernels.selection_cache import SelectionCaches
+from sglang_tokenselect.kernels.workspace import DecodeWorkspace, Workspace, WorkspaceLimits, nbytes
+from sglang_tokenselect.model_shape import ModelShape
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+
+DECODE_CANDIDATES = 2 * 2**20
+"""Tokens that a decode step scores in one part; a step with more leaves the CUDA graph and takes several."""
+
+PREFILL_CANDIDATES = 8 * 2**20
+"""Block times token pairs that a prefill scores in one part: a chunk of 8,192 at a context of 131,072."""
+
+PREFILL_BLOCKS = 128
+"""Blocks of one part."""
+
+MOST_RUNNING_REQUESTS = 4096
+"""What SGLang clamps --max-running-requests to when it is not given."""
+
+INT_WORKSPACE_BYTES = 8 * 2**20
+"""What FlashInfer plans into; the size that its wrappers allocate themselves."""
+
+
+@dataclass(frozen=True)
+class GpuBuffers:
+    """Everything that outlives a forward.
+
+    Attributes:
+        caches: selection cache of all layers that select.
+        decode, rows: scratch of decode selection.
+        prefill, scratch, means: scratch of prefill selection.
+        step: [4 * (max_rows + 4)] int32, what changes from one decode step to the next.
+        rotated: [max_rows, num_qo_heads, head_dim], decode queries rotated for scoring; empty in absolute mode.
+        int_workspace: for the plans of all FlashInfer wrappers of decode, which take turns.
+    """
+
+    caches: SelectionCaches
+    decode: DecodeWorkspace
+    rows: SelectionRows
+    prefill: Workspace
+    scratch: BlockScratch
+    means: torch.Tensor
+    step: torch.Tensor
+    rotated: torch.Tensor
+    int_workspace: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, config: TokenSelectConfig, shape: ModelShape, max_rows: int, device: torch.device | str
+    ) -> GpuBuffers:
+        """
+        Args:
+            max_rows: requests of the largest decode batch.
+        """
+        max_budget = max(config.budget, 1)
+        heads, head_dim = shape.num_qo_heads, shape.head_dim
+        num_means = PREFILL_BLOCKS * count_rows_per_block(config.block, config.sub_block)
+
+        def limits(rows: int, candidates: int) -> WorkspaceLimits:
+            return WorkspaceLimits(rows, max(candidates, shape.context_len), shape.context_len, max_budget)
+
+        return cls(
+            caches=SelectionCaches.create(
+                shape.num_layers, config.cache_requests, heads * head_dim, max_budget, shape.dtype, device
+            ),
+            decode=DecodeWorkspace(limits(max_rows, DECODE_CANDIDATES), heads, shape.num_kv_heads, device),
+            rows=SelectionRows.empty(max_rows, device),
+            prefill=Workspace(limits(PREFILL_BLOCKS, PREFILL_CANDIDATES), device),
+            scratch=BlockScratch.allocate(num_means, heads, device),
+            means=torch.empty(num_means, heads, head_dim, dtype=shape.dtype, device=device),
+            step=torch.zeros(4 * (max_rows + 4), dtype=torch.int32, device=device),
+            rotated=torch.empty(
+                max_rows if config.is_compact else 0, heads, head_dim, dtype=shape.dtype, device=device
+            ),
+            int_workspace=torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        return nbytes(self.caches)
+
+    @property
+    def total_bytes(self) -> int:
+        return nbytes(self)
+
+
+def graph_index_slots(config: TokenSelectConfig, max_rows: int, max_context_len: int) -> int:
+    """Slots that the requests of one CUDA graph attend to, at most."""
+    return max_rows * min(config.window.dense_len, max_context_len)
+
+
+def reserved_bytes(
+    config: TokenSelectConfig, model_config: ModelConfig, kv_cache_dtype: torch.dtype, server_args: Any
+) -> int:
+    """Bytes that the GPU runner will allocate, before the model's pools exist; never less than it does."""
+    shape = ModelShape.of(model_config, kv_cache_dtype, model_config.num_hidden_layers)
+    max_rows = server_args.max_running_requests or MOST_RUNNING_REQUESTS
+    graph_rows = server_args.cuda_graph_config.decode.max_bs or 0
+    index_bytes = 4 * graph_index_slots(config, graph_rows, shape.context_len)
+    return GpuBuffers.allocate(config, shape, max_rows, "meta").total_bytes + index_bytes

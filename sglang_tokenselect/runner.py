@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the backend asks of a runner: TorchRunner on a CPU, GpuRunner on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from sglang_tokenselect.counters import Counters
+from sglang_tokenselect.planner import ForwardPlan
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class Graph(Enum):
+    """What a decode step has to do with a CUDA graph."""
+
+    NONE = "none"
+    CAPTURE = "capture"
+    REPLAY = "replay"
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer hands to the runner.
+
+    Attributes:
+        layer_id: of the model, from 0.
+        key_pool: [num_slots, num_kv_heads, head_dim], keys of this forward written already.
+        value_pool: as `key_pool`.
+        scaling: factor of the attention's logits.
+        logit_cap: tanh soft cap of the attention's logits, 0 for none.
+    """
+
+    layer_id: int
+    key_pool: torch.Tensor
+    value_pool: torch.Tensor
+    scaling: float
+    logit_cap: float
+
+
+class Runner(Protocol):
+    """Selection and attention of one model.
+
+    Attributes:
+        dense: an AttentionBackend for what is delegated; None where nothing is.
+        selects: whether any request of the current forward may select.
+    """
+
+    dense: Any
+    selects: bool
+
+    def begin(
+        self, plan: ForwardPlan, forward_batch: ForwardBatch, graph: Graph = Graph.NONE, *, selects: bool | None = None
+    ) -> None:
+        """Once per forward, before its first layer.
+
+        Args:
+            selects: at capture, whether the graph is to select; otherwise the lengths tell.
+        """
+
+    def delegates(self, layer_id: int) -> bool:
+        """Whether `dense` attends in this layer of the current forward."""
+
+    def run(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
+        """Attention of all queries of the current forward in one layer that is not delegated.
+
+        Args:
+            query: [num_tokens, num_qo_heads, head_dim]; un-rotated in compact mode.
+
+        Returns:
+            [num_tokens, num_qo_heads, head_dim].
+        """
+
+    def reserve_graph_rows(self, max_rows: int, max_context_len: int) -> None:
+        """Memory for CUDA graphs of up to `max_rows` requests."""
+
+    def decode_selects(self, seq_lens: Sequence[int]) -> bool:
+        """Whether a decode step of requests of such lengths has to select at all."""
+
+    def fits_graph(self, seq_lens: Sequence[int]) -> bool:
+        """Whether a captured graph can serve such a decode step."""
+
+    def report(self) -> Counters:
+        """Counters so far."""

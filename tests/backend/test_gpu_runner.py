@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two runners are one backend: GpuRunner against TorchRunner over the same traffic.
+
+On a GPU with FlashInfer, eager and in CUDA graphs; without one in Triton's interpreter, FlashInfer replaced by twins.
+"""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerator import DEVICE, HAS_CUDA, NEEDS_CUDA
+from attention_twins import DecodeTwin, PrefillTwin
+
+from sglang_tokenselect import gpu_buffers
+from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.gpu_buffers import GpuBuffers
+from sglang_tokenselect.gpu_runner import GpuRunner
+from sglang_tokenselect.kernels.reference.positions import Rope
+from sglang_tokenselect.model_shape import ModelShape
+from sglang_tokenselect.planner import ForwardPlan, RequestPlan
+from sglang_tokenselect.runner import Graph, LayerInput
+from sglang_tokenselect.torch_runner import TorchRunner
+
+SMALL = {"sink": 4, "budget": 24, "local": 16, "block": 32, "sub_block": 8, "min_len": 60, "theta": 0.8}
+LAYERS = (1, 3)  # ids of layers that select, in a model that has others
+MAX_LEN, NUM_ROWS, MAX_ROWS = 320, 7, 4
+ROPE_THETA = 1e4
+DTYPE = torch.bfloat16 if HAS_CUDA else torch.float16
+# Logits are spread, so that the members at the margin of a selection weigh little and are seldom near-ties. Where they
+# are, half precision may choose another than float32, which the laws allow: for few queries, of either kind of forward.
+QUERY_SPREAD = 3.0
+TOLERANCE = 0.04
+NEAR_TIES = 0.05
+
+
+class Pair:
+    """Both runners on one paged pool, whose slots are scattered and NaN where nothing was written."""
+
+    def __init__(self, *, heads=(4, 2), head_dim=64, dtype=DTYPE, logit_cap=0.0, **options) -> None:
+        self.config = TokenSelectConfig(**{**SMALL, **options})
+        self.heads, self.head_dim, self.dtype, self.logit_cap = heads, head_dim, dtype, logit_cap
+        num_slots = NUM_ROWS * MAX_LEN + 1
+        shape = (len(LAYERS), 2, num_slots, heads[1], head_dim)
+        self.pools = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+        order = 1 + torch.randperm(num_slots - 1, generator=torch.Generator().manual_seed(0))
+        self.req_to_token = torch.zeros(NUM_ROWS + 1, MAX_LEN, dtype=torch.int32, device=DEVICE)
+        self.req_to_token[1:] = order.view(NUM_ROWS, MAX_LEN).int()
+        self.pools[:, :, 0] = 0  # where SGLang writes the tokens that pad a graph
+        rope = Rope.from_theta(ROPE_THETA, head_dim, MAX_LEN) if self.config.is_compact else None
+        rope = rope and Rope(rope.cos_sin_cache.to(DEVICE), theta=rope.theta)
+        self.expected = TorchRunner(self.config, self.req_to_token, dict.fromkeys(LAYERS, rope) if rope else {})
+        self.actual = self._make_gpu_runner(rope)
+
+    def _make_gpu_runner(self, rope: Rope | None) -> GpuRunner:
+        shape = ModelShape(len(LAYERS), *self.heads, self.head_dim, self.dtype, MAX_LEN)
+        buffers = GpuBuffers.allocate(self.config, shape, MAX_ROWS, DEVICE)
+        attentions = DecodeTwin(self.logit_cap, rope), PrefillTwin(self.logit_cap, rope)
+        if HAS_CUDA:
+            from sglang_tokenselect.flashinfer_attention import AttentionSpec, DecodeAttention, PrefillAttention
+
+            spec = AttentionSpec(
+                *self.heads, self.head_dim, self.dtype, self.logit_cap, rope_theta=rope.theta if rope else None
+            )
+            workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device=DEVICE)
+            attentions = (
+                DecodeAttention(spec, workspace, buffers.int_workspace, MAX_ROWS),
+                PrefillAttention(spec, workspace),
+            )
+        return GpuRunner(self.config, LAYERS, buffers, self.req_to_token, *attentions, rope=rope)
+
+    def layer(self, index: int, pools: torch.Tensor) -> LayerInput:
+        scaling = self.head_dim**-0.5
+        return LayerInput(LAYERS[index], pools[index, 0], pools[index, 1], scaling, self.logit_cap)
+
+    def store(self, row: int, start: int, kv: torch.Tensor) -> None:
+        """kv: [num_layers, 2, num_tokens, num_kv_heads, head_dim]."""
+        slots = self.req_to_token[row, start : start + kv.shape[2]].long()
+        self.pools[:, :, slots] = kv
+
+    def expect(self, plan: ForwardPlan, queries: torch.Tensor) -> torch.Tensor:
+        """What TorchRunner answers in float32: [num_layers, num_tokens, num_qo_heads, head_dim]."""
+        pools = self.pools.float()
+        self.expected.begin(plan)
+        return torch.stack([self.expected.run(q.float(), self.layer(i, pools)) for i, q in enumerate(queries)])
+
+    def run_layers(self, queries: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.actual.run(q, self.layer(i, self.pools)) for i, q in enumerate(queries)])
+
+
+class Graphs:
+    """Decode steps of a Pair as SGLang's graph runner drives them: static inputs, padded to a captured batch size."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.rows = torch.zeros(MAX_ROWS, dtype=torch.int64, device=DEVICE)
+        self.seq_lens = torch.ones(MAX_ROWS, dtype=torch.int64, device=DEVICE)
+        shape = (len(LAYERS), MAX_ROWS, pair.heads[0], pair.head_dim)
+        self.queries = torch.zeros(shape, dtype=pair.dtype, device=DEVICE)
+        self.captured = {}
+        pair.actual.reserve_graph_rows(MAX_ROWS, MAX_LEN)
+        for batch_size in (MAX_ROWS, 2):
+            for selects in (True, False):
+                self.captured[batch_size, selects] = self._capture(batch_size, selects)
+
+    def _batch(self, batch_size: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            batch_size=batch_size, req_pool_indices=self.rows[:batch_size], seq_lens=self.seq_lens[:batch_size]
+        )
+
+    def _capture(self, batch_size: int, selects: bool):
+        plan = ForwardPlan(True, tuple(RequestPlan(0, 1, i, 1) for i in range(batch_size)))
+        self.pair.actual.begin(plan, self._batch(batch_size), Graph.CAPTURE, selects=selects)
+        queries = self.queries[:, :batch_size]
+        for _ in range(2):
+            self.pair.run_layers(queries)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.pair.run_layers(queries)
+        return graph, out
+
+    def run(self, plan: ForwardPlan, queries: torch.Tensor) -> torch.Tensor:
+        count = len(plan.requests)
+        batch_size = 2 if count <= 2 else MAX_ROWS
+        padding = tuple(RequestPlan(0, 1, i, 1) for i in range(count, batch_size))
+        self.rows.zero_()
+        self.seq_lens.fill_(1)
+        self.rows[:count] = torch.tensor([r.req_pool_idx for r in plan.requests])
+        self.seq_lens[:count] = torch.tensor([r.seq_len for r in plan.requests])
+        self.queries[:, :count] = queries
+        seq_lens = [request.seq_len for request in plan.requests]
+        assert self.pair.actual.fits_graph(seq_lens)
+        selects = self.pair.actual.decode_selects(seq_lens)
+        padded = ForwardPlan(True, (*plan.requests, *padding))
+        self.pair.actual.begin(padded, self._batch(batch_size), Graph.REPLAY)
+        assert self.pair.actual.selects == selects
+        graph, out = self.captured[batch_size, selects]
+        graph.replay()
+        assert not out.isnan().any()
+        return out[:, :count]
+
+
+class Traffic:
+    """Requests that come in chunks, decode, end, and hand their rows on; seeded."""
+
+    def __init__(self, pair: Pair, *, graphs: Graphs | None = None, seed: int = 0) -> None:
+        self.pair, self.graphs, self.rng = pair, graphs, random.Random(seed)
+        self.generator = torch.Generator(DEVICE).manual_seed(seed)
+        self.errors = {True: [], False: []}
+        self.lengths: dict[int, int] = {}
+        self.last_query: dict[int, torch.Tensor] = {}
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator, device=DEVICE)
+
+    def extend(self, *parts: tuple[int, int]) -> None:
+        """Each part is (row, number of new tokens)."""
+        requests, queries, first = [], [], 0
+        for row, count in parts:
+            start = self.lengths.get(row, 0)
+            self._store(row, start, count)
+            self.lengths[row] = start + count
+            requests.append(RequestPlan(row, start + count, first, count))
+            queries.append(self._block_queries(start, count))
+            first += count
+        plan, queries = ForwardPlan(False, tuple(requests)), torch.cat(queries, dim=1)
+        self.pair.actual.begin(plan, SimpleNamespace(batch_size=len(parts)))
+        self._compare(plan, queries, self.pair.run_layers(queries))
+
+    def decode(self, *rows: int, similar: bool) -> None:
+        """One token for each row; queries that are like the last ones, or not at all."""
+        requests, queries = [], []
+        for row in rows:
+            start = self.lengths[row]
+            self._store(row, start, 1)
+            self.lengths[row] = start + 1
+            requests.append(RequestPlan(row, start + 1, len(requests), 1))
+            queries.append(self._next_query(row, similar))
+        plan, queries = ForwardPlan(True, tuple(requests)), torch.cat(queries, dim=1)
+        if self.graphs is not None:
+            actual = self.graphs.run(plan, queries)
+        else:
+            batch = SimpleNamespace(
+                batch_size=len(rows),
+                req_pool_indices=torch.tensor([r.req_pool_idx for r in requests], device=DEVICE),
+                seq_lens=torch.tensor([r.seq_len for r in requests], device=DEVICE),
+            )
+            self.pair.actual.begin(plan, batch)
+            actual = self.pair.run_layers(queries)
+        self._compare(plan, queries, actual)
+
+    def move(self, row: int, to: int) -> None:
+        """The radix cache gives a running request other slots: those of a row that is not used."""
+        table, length = self.pair.req_to_token, self.lengths[row]
+        old, new = table[row, :length].clone(), table[to, :length].clone()
+        self.pair.pools[:, :, new.long()] = self.pair.pools[:, :, old.long()]
+        self.pair.pools[:, :, old.long()] = torch.nan
+        table[row, :length], table[to, :length] = new, old
+
+    def end(self, row: int) -> None:
+        """Its keys are gone, and its row may be another's."""
+        slots = self.pair.req_to_token[row].long()
+        self.pair.pools[:, :, slots] = torch.nan
+        del self.lengths[row]
+
+    def _store(self, row: int, start: int, count: int) -> None:
+        shape = (len(LAYERS), 2, count, self.pair.heads[1], self.pair.head_dim)
+        self.pair.store(row, start, self.randn(*shape).to(self.pair.dtype))
+
+    def _queries(self, count: int) -> torch.Tensor:
+        queries = self.randn(len(LAYERS), count, self.pair.heads[0], self.pair.head_dim)
+        return (QUERY_SPREAD * queries).to(self.pair.dtype)
+
+    def _block_queries(self, start: int, count: int) -> torch.Tensor:
+        """Alike within a block: what its mean query hardly votes for, none of them attends to much."""
+        block = torch.arange(start, start + count, device=DEVICE) // self.pair.config.block
+        alike = self._queries(int(block[-1]) + 1)[:, block]
+        return (alike.float() + 0.1 * self._queries(count).float()).to(self.pair.dtype)
+
+    def _next_query(self, row: int, similar: bool) -> torch.Tensor:
+        fresh = self._queries(1)
+        if similar and row in self.last_query:
+            fresh = (self.last_query[row].float() + 0.1 * fresh.float()).to(self.pair.dtype)
+        self.last_query[row] = fresh
+        return fresh
+
+    def _compare(self, plan: ForwardPlan, queries: torch.Tensor, actual: torch.Tensor) -> None:
+        expected = self.pair.expect(plan, queries)
+        assert not actual.isnan().any(), plan
+        self.errors[plan.is_decode] += (actual.float() - expected).abs().amax(dim=(2, 3)).flatten().tolist()
+
+    def check(self) -> None:
+        for is_decode, errors in self.errors.items():
+            wrong = sum(error > TOLERANCE for error in errors)
+            assert wrong <= NEAR_TIES * len(errors), f"is_decode={is_decode}: {wrong} of {len(errors)}"
+
+
+def run_traffic(pair: Pair, *, graphs: bool = False, seed: int = 0) -> None:
+    traffic = Traffic(pair, graphs=Graphs(pair) if graphs else None, seed=seed)
+    traffic.extend((1, 150))
+    traffic.extend((2, 1), (1, 90), (3, 61))  # a chunk in the middle of a batch; one token; one past min_len
+    traffic.extend((3, 32), (4, 40))
+    for similar in (False, True, True):
+        traffic.decode(1, 2, 3, similar=similar)
+    traffic.move(1, to=6)
+    traffic.decode(1, 3, similar=True)
+    traffic.decode(2, 4, similar=True)  # all short
+    traffic.decode(1, 2, 3, 4, similar=True)
+    traffic.end(3)
+    traffic.extend((3, 200))  # another request in its row
+    traffic.decode(3, 1, similar=True)
+    traffic.decode(3, 1, similar=True)
+    for _ in range(3):  # row 2 stays short, row 4 crosses no border
+        traffic.decode(*traffic.rng.sample([1, 2, 3, 4], k=traffic.rng.randint(1, 4)), similar=True)
+    while traffic.lengths[4] < 62:  # crosses min_len while decoding
+        traffic.decode(4, similar=True)
+    traffic.check()
+    expected, actual = pair.expected.report(), pair.actual.report()
+    assert (actual.votes, actual.reuses) == (expected.votes, expected.reuses)
+    assert actual.block_votes == expected.block_votes
+    assert actual.reuses > 0 and actual.votes > 0 and actual.block_votes > 0
+
+
+OPTIONS = {
+    "absolute": {},
+    "compact": {"positions": "compact"},
+    "sum of votes": {"combine": "sum", "sub_block": 16},
+    "never reused": {"theta": 1.1},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_the_runners_agree(options):
+    if options.get("theta", 0) > 1:
+        pair = Pair(**options)
+        traffic = Traffic(pair)
+        traffic.extend((1, 100), (2, 80))
+        for _ in range(3):
+            traffic.decode(1, 2, similar=True)
+        traffic.check()
+        assert pair.actual.report().reuses == pair.expected.report().reuses == 0
+    else:
+        run_traffic(Pair(**options))
+
+
+def test_in_several_parts(monkeypatch):
+    """Scratch for less than a batch of blocks, and for less than a decode step."""
+    monkeypatch.setattr(gpu_buffers, "DECODE_CANDIDATES", MAX_LEN)
+    monkeypatch.setattr(gpu_buffers, "PREFILL_CANDIDATES", 2 * MAX_LEN)
+    monkeypatch.setattr(gpu_buffers, "PREFILL_BLOCKS", 3)
+    pair = Pair()
+    run_traffic(pair)
+    assert not pair.actual.fits_graph([300] * 4)
+
+
+def test_more_requests_than_cache_entries():
+    pair = Pair(cache_requests=1, max_reuse=1)
+    traffic = Traffic(pair)
+    traffic.extend((1, 100), (2, 80), (4, 20))
+    for _ in range(3):
+        traffic.decode(1, 2, 4, similar=True)
+    report = pair.actual.report()
+    assert report.uncached_queries == 3
+    assert report.reuses == 0 and report.votes == 3 * 2 * len(LAYERS)
+
+
+def test_a_finished_request_leaves_its_cache_entry():
+    pair = Pair(cache_requests=1)
+    traffic = Traffic(pair)
+    traffic.extend((1, 100), (2, 120))
+    traffic.decode(1, similar=True)
+    traffic.decode(1, similar=True)
+    assert pair.actual.report().reuses == len(LAYERS)
+    traffic.end(1)
+    traffic.decode(2, similar=True)  # the only entry is now row 2's, and holds nothing of row 1's
+    assert pair.actual.report().uncached_queries == 0
+    assert pair.actual.report().reuses == len(LAYERS)
+
+
+def test_the_bytes_are_told_before_they_are_allocated():
+    shape, config = ModelShape(2, 4, 2, 64, torch.float16, MAX_LEN), TokenSelectConfig(**SMALL)
+    told = GpuBuffers.allocate(config, shape, MAX_ROWS, "meta")
+    allocated = GpuBuffers.allocate(config, shape, MAX_ROWS, DEVICE)
+    assert told.total_bytes == allocated.total_bytes > told.cache_bytes > 0
+
+
+GPU_MODELS = {
+    "groups of 4": {"heads": (8, 2), "head_dim": 128},
+    "one KV head each": {"heads": (4, 4)},
+    "fp16": {"dtype": torch.float16},
+    "logit cap": {"head_dim": 128, "logit_cap": 20.0},
+}
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+@pytest.mark.parametrize("model", GPU_MODELS.values(), ids=GPU_MODELS.keys())
+def test_the_runners_agree_on_a_gpu(model, positions, graphs):
+    run_traffic(Pair(positions=positions, **model), graphs=graphs)
