@@ -10,15 +10,17 @@ from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 
 
 class DenseBackend(FlashInferAttnBackend):
-    """As SGLang's, with the logits' soft cap.
+    """As SGLang's, exact for models with a soft cap of the logits or with sliding windows.
 
     SGLang hands the cap to each run but not to the plan, which is where FlashInfer chooses between a kernel that caps
-    and one that does not: without this, models with a cap are attended to without it.
+    and one that does not; so its models with a cap run without it. And its prefill over new tokens alone forgets the
+    window, which the one over the paged pool (`use_paged`) has.
     """
 
     def __init__(self, model_runner: Any, logit_cap: float) -> None:
         self._logit_cap = logit_cap
         super().__init__(model_runner)
+        self.use_paged = self.use_paged or model_runner.sliding_window_size is not None
         for wrapper in (*self.decode_wrappers, *self.prefill_wrappers_paged, self.prefill_wrapper_ragged):
             self._plan_with_cap(wrapper)
 

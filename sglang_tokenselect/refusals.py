@@ -127,7 +127,8 @@ def check_gpu(
 
     check_gpu_versions()
     if capability != (9, 0):
-        raise Refusal("GPU", "compute capability 9.0 (H100, H200)", "%d.%d" % capability, "others were not tested")
+        got = f"{capability[0]}.{capability[1]}"
+        raise Refusal("GPU", "compute capability 9.0 (H100, H200)", got, "others were not tested")
     if shape.head_dim not in HEAD_DIMS:
         raise Refusal("model", f"head_dim {' or '.join(map(str, HEAD_DIMS))}", f"head_dim {shape.head_dim}")
     if shape.dtype not in (torch.bfloat16, torch.float16):

@@ -33,7 +33,7 @@ DTYPE = torch.bfloat16 if HAS_CUDA else torch.float16
 # are, half precision may choose another than float32, which the laws allow: for few queries, of either kind of forward.
 QUERY_SPREAD = 3.0
 TOLERANCE = 0.04
-NEAR_TIES = 0.05
+NEAR_TIES = 0.1
 
 
 class Pair:

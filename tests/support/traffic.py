@@ -11,19 +11,15 @@ from dataclasses import dataclass
 
 from sglang_tokenselect.server_process import ServerProcess
 
-# Flags of servers in these tests: token ids in and out, a tiny model in float32.
-TOKEN_SERVER = (
-    "--device",
-    "cpu",
-    "--max-total-tokens",
-    "40000",
-    "--dtype",
-    "float32",
-    "--skip-tokenizer-init",
-    "--grammar-backend",
-    "none",
-    "--random-seed",
-    "0",
+# Flags of servers in these tests: token ids in and out, a tiny model.
+_COMMON = (
+    *("--max-total-tokens", "40000", "--skip-tokenizer-init", "--grammar-backend", "none", "--random-seed", "0"),
+)
+TOKEN_SERVER = (*_COMMON, "--device", "cpu", "--dtype", "float32")
+GPU_TOKEN_SERVER = (
+    *_COMMON,
+    *("--device", "cuda", "--dtype", "bfloat16", "--mem-fraction-static", "0.4"),
+    *("--cuda-graph-backend-prefill", "disabled", "--cuda-graph-max-bs-decode", "24"),
 )
 
 
