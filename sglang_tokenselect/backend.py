@@ -43,7 +43,9 @@ class TokenSelectAttnBackend(AttentionBackend):
         refusals.check_server_args(model_runner.server_args, self.config)
         refusals.check_model(model_runner.model_config, self.config)
         chunk_alignment.align_chunks_to(self.config.block)
-        self._token_to_kv_pool = model_runner.token_to_kv_pool
+        # Models' fused kernels read the pools from the backend by these names.
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.req_to_token_pool = model_runner.req_to_token_pool
         self._max_context_len = model_runner.model_config.context_len
         self._runner = create_runner(model_runner, self.config)
         self._rows: list[int] | None = None
@@ -135,11 +137,11 @@ class TokenSelectAttnBackend(AttentionBackend):
         save_kv_cache: bool,
     ) -> torch.Tensor:
         if save_kv_cache:
-            self._token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
         layer_input = LayerInput(
             layer_id=layer.layer_id,
-            key_pool=self._token_to_kv_pool.get_key_buffer(layer.layer_id),
-            value_pool=self._token_to_kv_pool.get_value_buffer(layer.layer_id),
+            key_pool=self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            value_pool=self.token_to_kv_pool.get_value_buffer(layer.layer_id),
             scaling=layer.scaling,
             logit_cap=layer.logit_cap,
         )

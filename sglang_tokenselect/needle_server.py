@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server on the shipped needle checkpoint: one set of flags for the demo, `make serve` and the tests.
 
-python -m sglang_tokenselect.needle_server [more flags of sglang.launch_server]
+python -m sglang_tokenselect.needle_server [--device cuda] [more flags of sglang.launch_server]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -69,12 +70,15 @@ def server_environment(device: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Becomes the server, on the CPU on every machine. Flags that are given again on the command line win."""
+    """Becomes the server. Flags that are given again on the command line win."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    device = parser.parse_known_args()[0].device
     where = ("--model-path", str(checkpoint_path()), "--attention-backend", "tokenselect")
-    flags = (*where, *server_flags(is_dense=False, device="cpu"), *sys.argv[1:])
+    flags = (*where, *server_flags(is_dense=False, device=device), *sys.argv[1:])
     command = (sys.executable, "-m", "sglang.launch_server", *flags)
     print(" ".join(command[1:]), flush=True)
-    os.execve(sys.executable, command, {**os.environ, **server_environment("cpu")})
+    os.execve(sys.executable, command, {**os.environ, **server_environment(device)})
 
 
 if __name__ == "__main__":

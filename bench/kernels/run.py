@@ -9,6 +9,7 @@ import time
 import traceback
 
 import decode
+import positions
 import prefill
 import topk
 import torch
@@ -25,6 +26,7 @@ def main(path: str, sections: list[str]) -> None:
     ]
     jobs += [("prefill", shape, prefill.measure) for shape in prefill.SHAPES]
     jobs += [("topk", shape, topk.measure) for shape in topk.SHAPES]
+    jobs += [("positions", shape, positions.measure) for shape in positions.SHAPES]
     jobs += [
         ("figure", shape, lambda shape: decode.measure(shape, copy_tbs, is_figure=True))
         for shape in decode.FIGURE_SHAPES

@@ -27,6 +27,7 @@ from sglang_tokenselect.torch_runner import TorchRunner
 SMALL = {"sink": 4, "budget": 24, "local": 16, "block": 32, "sub_block": 8, "min_len": 60, "theta": 0.8}
 LAYERS = (1, 3)  # ids of layers that select, in a model that has others
 MAX_LEN, NUM_ROWS, MAX_ROWS = 320, 7, 4
+LARGER = 8  # times as many tokens, where a GPU is fast enough
 ROPE_THETA = 1e4
 DTYPE = torch.bfloat16 if HAS_CUDA else torch.float16
 # Logits are spread, so that the members at the margin of a selection weigh little and are seldom near-ties. Where they
@@ -39,23 +40,25 @@ NEAR_TIES = 0.1
 class Pair:
     """Both runners on one paged pool, whose slots are scattered and NaN where nothing was written."""
 
-    def __init__(self, *, heads=(4, 2), head_dim=64, dtype=DTYPE, logit_cap=0.0, **options) -> None:
-        self.config = TokenSelectConfig(**{**SMALL, **options})
+    def __init__(self, *, heads=(4, 2), head_dim=64, dtype=DTYPE, logit_cap=0.0, scale=1, **options) -> None:
+        sizes = {name: size * scale for name, size in SMALL.items() if name != "theta"}
+        self.config = TokenSelectConfig(**{**SMALL, **sizes, **options})
+        self.scale, self.max_len = scale, MAX_LEN * scale
         self.heads, self.head_dim, self.dtype, self.logit_cap = heads, head_dim, dtype, logit_cap
-        num_slots = NUM_ROWS * MAX_LEN + 1
+        num_slots = NUM_ROWS * self.max_len + 1
         shape = (len(LAYERS), 2, num_slots, heads[1], head_dim)
         self.pools = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
         order = 1 + torch.randperm(num_slots - 1, generator=torch.Generator().manual_seed(0))
-        self.req_to_token = torch.zeros(NUM_ROWS + 1, MAX_LEN, dtype=torch.int32, device=DEVICE)
-        self.req_to_token[1:] = order.view(NUM_ROWS, MAX_LEN).int()
+        self.req_to_token = torch.zeros(NUM_ROWS + 1, self.max_len, dtype=torch.int32, device=DEVICE)
+        self.req_to_token[1:] = order.view(NUM_ROWS, self.max_len).int()
         self.pools[:, :, 0] = 0  # where SGLang writes the tokens that pad a graph
-        rope = Rope.from_theta(ROPE_THETA, head_dim, MAX_LEN) if self.config.is_compact else None
+        rope = Rope.from_theta(ROPE_THETA, head_dim, self.max_len) if self.config.is_compact else None
         rope = rope and Rope(rope.cos_sin_cache.to(DEVICE), theta=rope.theta)
         self.expected = TorchRunner(self.config, self.req_to_token, dict.fromkeys(LAYERS, rope) if rope else {})
         self.actual = self._make_gpu_runner(rope)
 
     def _make_gpu_runner(self, rope: Rope | None) -> GpuRunner:
-        shape = ModelShape(len(LAYERS), *self.heads, self.head_dim, self.dtype, MAX_LEN)
+        shape = ModelShape(len(LAYERS), *self.heads, self.head_dim, self.dtype, self.max_len)
         buffers = GpuBuffers.allocate(self.config, shape, MAX_ROWS, DEVICE)
         attentions = DecodeTwin(self.logit_cap, rope), PrefillTwin(self.logit_cap, rope)
         if HAS_CUDA:
@@ -100,7 +103,7 @@ class Graphs:
         shape = (len(LAYERS), MAX_ROWS, pair.heads[0], pair.head_dim)
         self.queries = torch.zeros(shape, dtype=pair.dtype, device=DEVICE)
         self.captured = {}
-        pair.actual.reserve_graph_rows(MAX_ROWS, MAX_LEN)
+        pair.actual.reserve_graph_rows(MAX_ROWS, pair.max_len)
         for batch_size in (MAX_ROWS, 2):
             for selects in (True, False):
                 self.captured[batch_size, selects] = self._capture(batch_size, selects)
@@ -156,9 +159,10 @@ class Traffic:
         return torch.randn(shape, generator=self.generator, device=DEVICE)
 
     def extend(self, *parts: tuple[int, int]) -> None:
-        """Each part is (row, number of new tokens)."""
+        """Each part is (row, number of new tokens, in units of the pair's scale)."""
         requests, queries, first = [], [], 0
         for row, count in parts:
+            count *= self.pair.scale
             start = self.lengths.get(row, 0)
             self._store(row, start, count)
             self.lengths[row] = start + count
@@ -252,9 +256,10 @@ def run_traffic(pair: Pair, *, graphs: bool = False, seed: int = 0) -> None:
     traffic.extend((3, 200))  # another request in its row
     traffic.decode(3, 1, similar=True)
     traffic.decode(3, 1, similar=True)
-    for _ in range(3):  # row 2 stays short, row 4 crosses no border
+    for _ in range(3):
         traffic.decode(*traffic.rng.sample([1, 2, 3, 4], k=traffic.rng.randint(1, 4)), similar=True)
-    while traffic.lengths[4] < 62:  # crosses min_len while decoding
+    traffic.extend((4, 12))
+    while traffic.lengths[4] < pair.config.min_len + 3:  # crosses it while decoding
         traffic.decode(4, similar=True)
     traffic.check()
     expected, actual = pair.expected.report(), pair.actual.report()
@@ -331,6 +336,7 @@ GPU_MODELS = {
     "one KV head each": {"heads": (4, 4)},
     "fp16": {"dtype": torch.float16},
     "logit cap": {"head_dim": 128, "logit_cap": 20.0},
+    "larger": {"scale": LARGER},
 }
 
 

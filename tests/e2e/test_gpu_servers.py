@@ -2,7 +2,7 @@
 """The exactness laws on a GPU, on real servers under mixed traffic, in CUDA graphs and without.
 
 In bfloat16 the dense backend itself turns close greedy tokens with the batch that a request is in. So what differs is
-counted beside what differs between two runs of the dense backend, alone and crowded.
+counted beside what differs between two runs of the dense backend on the same requests, alone and crowded.
 """
 
 from __future__ import annotations
@@ -30,6 +30,18 @@ COMPACT = ("--tokenselect-positions", "compact")
 REQUESTS = mixed_requests(200, longest=900, seed=1)
 ALLOWED = 0.03
 """Share of requests that may differ beyond what the dense backend differs from itself."""
+ALLOWED_COMPACT = 0.06
+"""As FlashInfer rotates keys that are rounded already, and rounds them again; its tiles vary with the batch."""
+
+
+def unshared_requests(count: int) -> list[Request]:
+    """No common prefixes: a radix hit inside a block shortens that block, which the spec allows."""
+    rng = random.Random(3)
+    lengths = [97, 128, 129, *(rng.randint(1, 1200) for _ in range(count - 3))]
+    return [Request([rng.randrange(3, 512) for _ in range(n)], rng.randint(2, 12)) for n in lengths]
+
+
+UNSHARED = unshared_requests(60)
 
 
 def differing(answers: list[list[int]], others: list[list[int]]) -> float:
@@ -44,62 +56,54 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dense(llama):
-    """Answers of the dense backend, and how much it differs from itself."""
-    with ServerProcess(llama, *GPU_TOKEN_SERVER, backend="flashinfer") as server:
-        alone = generate(server, REQUESTS, concurrency=1)
+    """Answers of the dense backend, and how much it differs from itself: on REQUESTS, and on UNSHARED."""
+    with ServerProcess(llama, *GPU_TOKEN_SERVER, "--chunked-prefill-size", "512", backend="flashinfer") as server:
+        alone = [generate(server, requests, concurrency=1) for requests in (REQUESTS, UNSHARED)]
     with ServerProcess(llama, *GPU_TOKEN_SERVER, *TIGHT, backend="flashinfer", env=RETRACT) as server:
-        crowded = generate(server, REQUESTS, concurrency=24)
-    return alone, differing(alone, crowded)
+        crowded = [generate(server, requests, concurrency=16) for requests in (REQUESTS, UNSHARED)]
+    noise = [differing(*answers) for answers in zip(alone, crowded, strict=True)]
+    return alone[0], *noise
 
 
 @pytest.mark.parametrize("positions", [(), COMPACT], ids=["absolute", "compact"])
 def test_200_mixed_requests_equal_dense(llama, dense, positions):
-    answers, noise = dense
+    answers, noise, _ = dense
     with ServerProcess(llama, *GPU_TOKEN_SERVER, *WHOLE, *TIGHT, *positions, env=RETRACT) as server:
         with Aborts(server, REQUESTS[:12]) as aborts:
             ours = generate(server, REQUESTS, concurrency=24)
         log, counters = server.log_path.read_text(), server.counters()
     different = differing(ours, answers)
     print(f"{positions}: {different:.3f} differ from dense, dense from itself {noise:.3f}")
-    assert different <= noise + ALLOWED
+    assert different <= noise + (ALLOWED_COMPACT if positions else ALLOWED)
     assert counters["votes"] == counters["block_votes"] == 0
     assert aborts.count > 0
     assert re.search(r"#retracted_reqs: [1-9]", log)
     assert re.search(r"#cached-token: [1-9]", log)
 
 
-def unshared_requests(count: int) -> list[Request]:
-    """No common prefixes: a radix hit inside a block shortens that block, which the spec allows."""
-    rng = random.Random(3)
-    lengths = [97, 128, 129, *(rng.randint(1, 1200) for _ in range(count - 3))]
-    return [Request([rng.randrange(3, 512) for _ in range(n)], rng.randint(2, 12)) for n in lengths]
-
-
 @pytest.mark.parametrize("positions", ["absolute", "compact"])
 def test_neighbours_chunks_graphs_and_the_way_not_to_reuse_change_nothing(llama, dense, positions):
-    _, noise = dense
-    requests = unshared_requests(60)
+    _, _, noise = dense
     flags = (*GPU_TOKEN_SERVER, *SPARSE, "--tokenselect-positions", positions)
     alone = ("--chunked-prefill-size", "512", "--tokenselect-max-reuse", "1", "--disable-cuda-graph")
     crowded = ("--chunked-prefill-size", "96", "--tokenselect-theta", "1.1")
     with ServerProcess(llama, *flags, *alone) as server:
-        expected, counters_alone = generate(server, requests, concurrency=1), server.counters()
+        expected, counters_alone = generate(server, UNSHARED, concurrency=1), server.counters()
     with ServerProcess(llama, *flags, *crowded) as server:
-        answers, counters = generate(server, requests, concurrency=16), server.counters()
+        answers, counters = generate(server, UNSHARED, concurrency=16), server.counters()
         log = server.log_path.read_text()
     different = differing(answers, expected)
     print(f"{positions}: {different:.3f} differ, dense from itself {noise:.3f}")
-    assert different <= noise + ALLOWED
+    assert different <= noise + (ALLOWED_COMPACT if positions == "compact" else ALLOWED)
     assert re.search(r"#running-req: ([2-9]|1\d)", log), "the requests did not run side by side"
     assert re.search(r"cuda graph: True", log)
     assert counters_alone["votes"] > 0 and counters_alone["block_votes"] > 0
     assert counters["votes"] > 0 and counters["reuses"] == counters_alone["reuses"] == 0
 
 
-def test_prefill_graphs_change_nothing(llama, dense):
+def test_prefill_graphs_change_nothing(llama):
     """SGLang's prefill graphs break at the attention, which then runs as without them."""
-    _, noise = dense
-    requests = unshared_requests(40)
+    requests = UNSHARED[:40]
     flags = (*GPU_TOKEN_SERVER, *SPARSE, "--chunked-prefill-size", "128")
     graphs = ("--cuda-graph-backend-prefill", "breakable", "--cuda-graph-max-bs-prefill", "128")
     with ServerProcess(llama, *flags) as server:
@@ -107,7 +111,7 @@ def test_prefill_graphs_change_nothing(llama, dense):
     with ServerProcess(llama, *flags, *graphs) as server:
         answers, counters = generate(server, requests, concurrency=1), server.counters()
     different = differing(answers, expected)
-    print(f"prefill graphs: {different:.3f} differ, dense from itself {noise:.3f}")
+    print(f"prefill graphs: {different:.3f} differ")
     assert different <= ALLOWED
     assert counters["block_votes"] > 0
 
@@ -118,7 +122,7 @@ MODELS = {
     "Qwen3": {},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
-    "Gemma2": {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 32},
+    "Gemma2": {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 32, "hidden_act": "gelu_pytorch_tanh"},
 }
 # SGLang's own FlashInfer backend is not exact for the models that dense_backend.py names.
 DENSE_BACKENDS = {"Gemma2": "triton"}
@@ -134,7 +138,7 @@ def test_models_answer_as_dense_and_select(architecture, tmp_path):
     with ServerProcess(model, *GPU_TOKEN_SERVER, *SPARSE) as server:
         answers = generate(server, requests, concurrency=1)
         before = server.counters()
-        generate(server, unshared_requests(24), concurrency=8)
+        generate(server, UNSHARED[:24], concurrency=8)
         counters = server.counters()
     different = differing(answers, expected)
     print(f"{architecture}: {different:.3f} differ from dense, {counters}")
