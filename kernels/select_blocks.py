@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -189,7 +189,10 @@ def _check_block(
 def _cut_parts(
     req_pool_indices: Sequence[int], num_candidates: Sequence[int], limits: WorkspaceLimits
 ) -> Iterator[range]:
-    """Spans of blocks that the workspace holds at once; one that would cut a request begins with it if it can."""
+    """Spans of blocks that the workspace holds at once. A request that none holds whole is cut evenly.
+
+    Its pieces read all of its keys each, so a small one would cost almost as much as a large one.
+    """
     tile_indptr = count_tiles(num_candidates)
 
     def fits(first: int, stop: int) -> bool:
@@ -200,12 +203,22 @@ def _cut_parts(
         if first < run.start and not fits(first, run.stop):
             yield range(first, run.start)
             first = run.start
-        for index in run:
-            if not fits(first, index + 1):
-                yield range(first, index)
-                first = index
+        if not fits(first, run.stop):
+            *pieces, last = _cut_evenly(run, fits)
+            yield from pieces
+            first = last.start
     if req_pool_indices:
         yield range(first, len(req_pool_indices))
+
+
+def _cut_evenly(run: range, fits: Callable[[int, int], bool]) -> list[range]:
+    """The run in as few pieces of one size as fit; the last may be smaller. One block always fits."""
+    for count in range(2, len(run) + 1):
+        size = -(-len(run) // count)
+        pieces = [run[i : i + size] for i in range(0, len(run), size)]
+        if all(fits(piece.start, piece.stop) for piece in pieces):
+            break
+    return pieces
 
 
 def _make_part(

@@ -20,8 +20,8 @@ class ConfigError(ValueError):
         super().__init__(f"tokenselect {name}: expected {expected}, got {got!r}")
 
 
-DEFAULT_MIN_LEN = 16384
-"""Up to here dense attention was at least as fast (README, "Speed")."""
+DEFAULT_MIN_LEN = 20480
+"""Beyond, reuse was faster than dense attention for any number of requests (README, "Speed")."""
 
 
 def _option(default: Any, help: str, **bounds: Any) -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from sglang_tokenselect import refusals
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.model_shape import ModelShape, attention_layers, common_logit_cap, sliding_layers
 from sglang_tokenselect.patches import decode_graphs, rope
-from sglang_tokenselect.runner import Runner
+from sglang_tokenselect.runner import LayerInput, Runner
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -50,6 +51,8 @@ def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> 
     sliding, logit_cap = sliding_layers(layers), common_logit_cap(layers)
     all_ids = [layer.layer_id for layer in layers] or list(range(model_runner.token_to_kv_pool.layer_num))
     layer_ids = [layer_id for layer_id in all_ids if layer_id not in sliding | set(config.dense_layers)]
+    if not layer_ids:
+        raise refusals.Refusal("dense_layers", "a layer that selects", sorted(config.dense_layers))
     shape = ModelShape.of(model_runner.model_config, dtype, len(layer_ids))
     refusals.check_gpu(torch.cuda.get_device_capability(model_runner.device), shape, config, sliding)
     table = rope.common_rope(rope.take_over_rope(model_runner.model), shape.head_dim) if config.is_compact else None
@@ -67,7 +70,7 @@ def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> 
     theta = table.theta if table else None
     spec = AttentionSpec(shape.num_qo_heads, shape.num_kv_heads, shape.head_dim, dtype, logit_cap, theta)
     workspace = dense.workspace_buffer if dense else _float_workspace(model_runner.device)
-    return GpuRunner(
+    runner = GpuRunner(
         config,
         layer_ids,
         buffers,
@@ -78,6 +81,16 @@ def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> 
         dense_in_all_forwards=len(layer_ids) < len(all_ids),
         rope=table,
     )
+    begin = time.perf_counter()
+    runner.warm_up(_any_layer(model_runner, layer_ids[0]))
+    logger.info("TokenSelect: kernels of prefill ready after %.0f s", time.perf_counter() - begin)
+    return runner
+
+
+def _any_layer(model_runner: ModelRunner, layer_id: int) -> LayerInput:
+    pool = model_runner.token_to_kv_pool
+    keys, values = pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)
+    return LayerInput(layer_id, keys, values, scaling=1.0, logit_cap=0.0)
 
 
 def _float_workspace(device: str) -> torch.Tensor:

@@ -28,7 +28,7 @@ from sglang_tokenselect.kernels.rotate import rotate
 from sglang_tokenselect.kernels.select_blocks import PrefillBlock, PrefillPlan, plan_prefill, select_blocks
 from sglang_tokenselect.kernels.select_decode import select_decode
 from sglang_tokenselect.kernels.selection_cache import DecodeBatch
-from sglang_tokenselect.planner import ForwardPlan, RequestPlan
+from sglang_tokenselect.planner import PADDING_ROW, PADDING_SLOT, ForwardPlan, RequestPlan
 from sglang_tokenselect.runner import Graph, LayerInput
 from sglang_tokenselect.slot_lists import SlotLists
 
@@ -109,6 +109,30 @@ class GpuRunner:
             # Forwards in which nothing selects have no request beyond dense_len.
             indices = None if self._dense_in_all_forwards else torch.zeros_like(self._graph_indices)
             self.dense.init_cuda_graph_state(max_rows, max_rows, kv_indices_buf=indices)
+
+    def warm_up(self, layer: LayerInput) -> None:
+        """Compiles the kernels of prefill, which would otherwise keep the first long requests waiting for seconds.
+
+        They come in variants for few and for many blocks. Those of decode are compiled when graphs are captured.
+
+        Args:
+            layer: any; only the slot is written that belongs to no token.
+        """
+        layer.key_pool[PADDING_SLOT] = 0
+        block, window = self.config.block, self.config.window
+        start = (window.dense_len // block + 1) * block
+        if start + block > self._req_to_token.shape[1]:
+            return  # no request can be long enough to select
+        num_blocks, most = 1, self._buffers.prefill.limits.max_rows
+        while num_blocks <= most:
+            requests = tuple(RequestPlan(PADDING_ROW, start + block, i * block, block) for i in range(num_blocks))
+            self._begin_extend(ForwardPlan(is_decode=False, requests=requests))
+            shape = (num_blocks * block, self._buffers.decode.num_qo_heads, layer.key_pool.shape[2])
+            self._select_blocks(
+                torch.zeros(shape, dtype=layer.key_pool.dtype, device=self._device), layer, self._current
+            )
+            num_blocks *= 2
+        self._counters = Counters()
 
     def decode_selects(self, seq_lens: Sequence[int]) -> bool:
         return max(seq_lens, default=0) > self.config.window.dense_len

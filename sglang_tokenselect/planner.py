@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 PADDING_ROW = 0
 """Row of `req_to_token` that SGLang gives to no request: that of the rows that pad a CUDA graph's batch."""
 
+PADDING_SLOT = 0
+"""Slot of the KV pool that SGLang gives to no token; all of PADDING_ROW points to it."""
+
 
 @dataclass(frozen=True)
 class RequestPlan:

@@ -296,6 +296,7 @@ def test_in_several_parts(monkeypatch):
     monkeypatch.setattr(gpu_buffers, "PREFILL_CANDIDATES", 2 * MAX_LEN)
     monkeypatch.setattr(gpu_buffers, "PREFILL_BLOCKS", 3)
     pair = Pair()
+    pair.actual.warm_up(pair.layer(0, pair.pools))
     run_traffic(pair)
     assert not pair.actual.fits_graph([300] * 4)
 

@@ -289,6 +289,7 @@ def test_peaked_votes():
 
 PARTS = [
     pytest.param({"max_rows": 3}, [3, 2, 3, 1], id="rows-cut-a-request"),
+    pytest.param({"max_rows": 4}, [3, 2, 4], id="rows-cut-a-request-evenly"),
     # 14 tiles fit, or 16, and the blocks have 2, 2, 3, 3, 3; 1, 1, 1; 3.
     pytest.param({"max_candidates": 5 * TILE}, [5, 4], id="candidates"),
     pytest.param({"max_candidates": 7 * TILE}, [8, 1], id="candidates-to-the-last-tile"),
