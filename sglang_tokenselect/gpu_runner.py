@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.kernels.ops.attention.utils import create_flashinfer_kv_indices_triton
+from sglang.kernels.ops.kvcache.kv_indices import create_flashinfer_kv_indices_triton
 
 from sglang_tokenselect.cache_slots import CacheSlots
 from sglang_tokenselect.config import TokenSelectConfig

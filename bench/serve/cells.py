@@ -69,7 +69,7 @@ QUICK = (((1, 1024), (4, 2048)), (512, 1024))
 def ttft_repeats(context: int) -> int:
     """Requests of one TTFT cell: more where they are short, and noise weighs more."""
     if context <= 2048:
-        return 15
+        return 40
     if context <= 32768:
         return 5
     return 2 if context <= 131072 else 1  # the dense server needs most of a minute for the longest

@@ -14,6 +14,8 @@ import torch
 from accelerator import DEVICE, HAS_CUDA, NEEDS_CUDA
 from attention_twins import DecodeTwin, PrefillTwin
 
+pytest.importorskip("sglang.kernels.ops.kvcache.kv_indices", reason="GPUs are served with SGLang 0.5.17")
+
 from sglang_tokenselect import gpu_buffers
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.gpu_buffers import GpuBuffers
