@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 import triton
 
+from .transfer import int32
 from .workspace import TILE, count_tiles
 
 MAX_ROWS_PER_BLOCK = 128
@@ -20,8 +19,6 @@ SPLITS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 
 PROGRAMS_PER_SM = 2
 """Programs of the first pass that fit a multiprocessor at once, with the default tuning."""
-
-Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True)
@@ -238,38 +235,3 @@ def _tile_rows(
         num_units += len(tiles) * triton.cdiv(max(num_candidates[b] for b in run), unit_tokens)
     requests.append((len(row_tiles), num_units))
     return Tiling(int32(row_tiles), int32(requests), num_units, tuning)
-
-
-def int32(numbers: Sequence) -> torch.Tensor:
-    """Numbers as the kernels read them, on the host."""
-    return torch.tensor(numbers, dtype=torch.int32)
-
-
-def to_device(tree: Tree, device: torch.device | str) -> Tree:
-    """``tree`` with all of its tensors on the device, in one copy that the host does not wait for.
-
-    Args:
-        tree: int32 host tensors in any nesting of dataclasses and tuples.
-    """
-    tensors: list[torch.Tensor] = []
-    _map_tensors(tree, tensors.append)
-    # Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for other alignments.
-    padded = [torch.nn.functional.pad(tensor.flatten(), (0, -tensor.numel() % 4)) for tensor in tensors]
-    packed = torch.cat(padded)
-    if torch.device(device).type == "cuda":
-        packed = packed.pin_memory()  # a copy from pageable memory would wait for the stream
-    pieces = packed.to(device, non_blocking=True).split([piece.numel() for piece in padded])
-    moved = (piece[: tensor.numel()].view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True))
-    return _map_tensors(tree, lambda _: next(moved))
-
-
-def _map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """``tree`` with ``function(tensor)`` in place of each tensor, always in the same order."""
-    if isinstance(tree, torch.Tensor):
-        return function(tree)
-    if isinstance(tree, tuple):
-        return tuple(_map_tensors(item, function) for item in tree)
-    if dataclasses.is_dataclass(tree):
-        fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
-        return dataclasses.replace(tree, **{name: _map_tensors(item, function) for name, item in fields.items()})
-    return tree

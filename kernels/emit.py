@@ -17,7 +17,7 @@ from .selection_cache import SelectionCache
 from .vote_keys import BLOCK, find_threshold, vote_keys
 from .workspace import MAX_SEGMENTS, TILE, Workspace, previous_power_of_2
 
-EVERYTHING = 2**30
+ONE_PART = 2**30
 """Tiles of a part that holds all rows."""
 
 SCAN = 2048
@@ -262,7 +262,7 @@ def emit(
         cache.cut if cache else None,
         num_sink,
         part or 0,
-        EVERYTHING if part is None else limits.part_tiles,
+        ONE_PART if part is None else limits.part_tiles,
         req_to_token.stride(0),
         limits.max_budget,
         HAS_CACHE=cache is not None,

@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+EVERYTHING = -1
+"""Budget of a decode row or of a block of queries that attends to everything, by slots that the caller writes."""
+
 
 @dataclass(frozen=True)
 class SelectionRows:

@@ -14,17 +14,16 @@ from .block_plan import (
     BlockPlan,
     BlockScratch,
     count_rows_per_block,
-    int32,
     plan_blocks,
     request_runs,
-    to_device,
 )
 from .block_votes import score_blocks
 from .checks import expect
 from .emit import emit
 from .paged_keys import PagedKeys
 from .reference.prefill import Combine
-from .rows import SelectionRows
+from .rows import EVERYTHING, SelectionRows
+from .transfer import int32, to_device
 from .vote import take_scores
 from .workspace import Workspace, WorkspaceLimits, count_multiprocessors, count_tiles
 
@@ -53,7 +52,7 @@ class PrefillBlock:
 
     @property
     def is_dense(self) -> bool:
-        return self.budget == -1
+        return self.budget == EVERYTHING
 
     def num_slots(self, num_sink: int, num_local: int) -> int:
         """Tokens that it attends to."""

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .launch import start_next, wait_for_previous
 from .rows import SelectionRows
-from .workspace import Workspace, nbytes
+from .workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,6 @@ class SelectionCaches:
     ) -> SelectionCaches:
         """Empty entries. With no slots, every row of a batch must have cache slot -1."""
         return cls(SelectionCache.create(num_slots, query_size, max_budget, dtype, device, layers=(num_layers,)))
-
-    @staticmethod
-    def nbytes(num_layers: int, num_slots: int, query_size: int, max_budget: int, dtype: torch.dtype) -> int:
-        """Bytes that :meth:`create` takes for such sizes."""
-        return nbytes(SelectionCaches.create(num_layers, num_slots, query_size, max_budget, dtype, "meta"))
-
-    @property
-    def num_slots(self) -> int:
-        return self.seq_len.shape[1]
 
     def layer(self, index: int) -> SelectionCache:
         """The entries of one layer, views of these."""

@@ -24,9 +24,11 @@ from .hook import Hook
 def hooks() -> list[Hook]:
     """The hooks that this machine needs, in the order in which they are registered."""
     needed = [*server_args.HOOKS, *chunk_alignment.HOOKS, *request_options.HOOKS, *server_info.HOOKS]
-    if torch.accelerator.is_available():
-        return [*needed, *forward_rows.HOOKS, *decode_graphs.HOOKS, *kv_budget.HOOKS]
-    return [*needed, *cpu_dispatch.HOOKS]
+    if torch.cuda.is_available():
+        needed += [*forward_rows.HOOKS, *decode_graphs.HOOKS, *kv_budget.HOOKS]
+    elif not torch.accelerator.is_available():
+        needed += cpu_dispatch.HOOKS
+    return needed
 
 
 def install() -> None:

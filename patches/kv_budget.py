@@ -4,6 +4,7 @@
 Symptom without it: SGLang sizes the KV pool before it builds the attention backend, so the selection cache and the
 scratch would come out of what it leaves for activations, and a large one could end in an out-of-memory error.
 Seam: `KVCacheConfigurator._profile_available_bytes`, the bytes that the pool is made from.
+May go when a backend can say what it needs before the pool is sized.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from sglang_tokenselect import flags
 from sglang_tokenselect.plugin import BACKEND
+from sglang_tokenselect.refusals import Refusal
 
 from .hook import Hook
 
@@ -22,9 +24,15 @@ def _leave_room(result: int, configurator: Any, *args: Any, **kwargs: Any) -> in
         return None
     from sglang_tokenselect.gpu_buffers import reserved_bytes
 
-    return result - reserved_bytes(
-        flags.attached(server_args), configurator.model_config, configurator.kv_cache_dtype, server_args
-    )
+    config = flags.attached(server_args)
+    needed = reserved_bytes(config, configurator.model_config, configurator.kv_cache_dtype, server_args)
+    if needed >= result:
+        raise Refusal(
+            "GPU memory",
+            f"more than the {needed:,} bytes of the selection, which cache_requests={config.cache_requests} is part of",
+            f"{result:,}",
+        )
+    return result - needed
 
 
 HOOKS = (

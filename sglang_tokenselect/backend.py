@@ -43,6 +43,10 @@ class TokenSelectAttnBackend(AttentionBackend):
         refusals.check_server_args(model_runner.server_args, self.config)
         refusals.check_model(model_runner.model_config, self.config)
         chunk_alignment.align_chunks_to(self.config.block)
+        if self.config.window.dense_len >= model_runner.model_config.context_len:
+            logger.warning(
+                "TokenSelect: requests of up to %d tokens are dense, so none selects", self.config.window.dense_len
+            )
         # Models' fused kernels read the pools from the backend by these names.
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
@@ -138,12 +142,6 @@ class TokenSelectAttnBackend(AttentionBackend):
     ) -> torch.Tensor:
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
-        layer_input = LayerInput(
-            layer_id=layer.layer_id,
-            key_pool=self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            value_pool=self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            scaling=layer.scaling,
-            logit_cap=layer.logit_cap,
-        )
+        layer_input = LayerInput.of_pool(self.token_to_kv_pool, layer.layer_id, layer.scaling, layer.logit_cap)
         query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         return self._runner.run(query, layer_input).flatten(1)

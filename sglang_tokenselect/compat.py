@@ -17,13 +17,13 @@ def check_sglang_version() -> None:
         raise RuntimeError(f"sglang-tokenselect: sglang: expected >={expected[0]},<{expected[1]}, got {found}")
 
 
-def check_gpu_versions() -> None:
-    """Raises RuntimeError if SGLang or FlashInfer is not one that GPU serving was tested with."""
+def untested_on_gpus() -> tuple[str, str, str] | None:
+    """Name, expected and found version of a package that GPU serving was not tested with."""
     for package, expected in (("sglang", (0, 5, 17)), ("flashinfer-python", (0, 6, 15))):
         found = version(package)
         if release(found) != expected:
-            wanted = ".".join(map(str, expected))
-            raise RuntimeError(f"sglang-tokenselect: {package} with a GPU: expected {wanted}, got {found}")
+            return package, ".".join(map(str, expected)), found
+    return None
 
 
 def release(text: str) -> tuple[int, ...]:

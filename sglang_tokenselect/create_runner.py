@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
+LEAST_WORKSPACE_BYTES = 512 * MIB
+"""What SGLang raises FlashInfer's workspace to for the models that need most."""
 
 
 def create_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> Runner:
@@ -34,8 +36,8 @@ def create_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> Runne
         return _create_gpu_runner(model_runner, config)
     from sglang_tokenselect.torch_runner import TorchRunner
 
-    layers = attention_layers(model_runner.model)
-    refusals.check_torch_layers(sliding_layers(layers))
+    sliding = sliding_layers(attention_layers(model_runner.model))
+    refusals.check_torch(model_runner.model_config, sliding)
     ropes = rope.take_over_rope(model_runner.model) if config.is_compact else {}
     return TorchRunner(config, model_runner.req_to_token_pool.req_to_token, ropes)
 
@@ -47,14 +49,13 @@ def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> 
     from sglang_tokenselect.gpu_buffers import GpuBuffers
     from sglang_tokenselect.gpu_runner import GpuRunner
 
-    layers, dtype = attention_layers(model_runner.model), model_runner.kv_cache_dtype
+    layers = attention_layers(model_runner.model)
     sliding, logit_cap = sliding_layers(layers), common_logit_cap(layers)
-    all_ids = [layer.layer_id for layer in layers] or list(range(model_runner.token_to_kv_pool.layer_num))
-    layer_ids = [layer_id for layer_id in all_ids if layer_id not in sliding | set(config.dense_layers)]
-    if not layer_ids:
-        raise refusals.Refusal("dense_layers", "a layer that selects", sorted(config.dense_layers))
-    shape = ModelShape.of(model_runner.model_config, dtype, len(layer_ids))
-    refusals.check_gpu(torch.cuda.get_device_capability(model_runner.device), shape, config, sliding)
+    always_dense = sliding | set(config.dense_layers)
+    layer_ids = [layer.layer_id for layer in layers if layer.layer_id not in always_dense]
+    shape = ModelShape.of(model_runner.model_config, model_runner.kv_cache_dtype, len(layer_ids))
+    capability = torch.cuda.get_device_capability(model_runner.device)
+    refusals.check_gpu(capability, shape, model_runner.dtype, config, sliding)
     table = rope.common_rope(rope.take_over_rope(model_runner.model), shape.head_dim) if config.is_compact else None
     dense = None if config.is_compact else DenseBackend(model_runner, logit_cap)
     pool = model_runner.req_to_token_pool
@@ -67,8 +68,7 @@ def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> 
         config.cache_requests,
         len(layer_ids),
     )
-    theta = table.theta if table else None
-    spec = AttentionSpec(shape.num_qo_heads, shape.num_kv_heads, shape.head_dim, dtype, logit_cap, theta)
+    spec = AttentionSpec(shape, logit_cap, table.theta if table else None)
     workspace = dense.workspace_buffer if dense else _float_workspace(model_runner.device)
     runner = GpuRunner(
         config,
@@ -78,23 +78,18 @@ def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> 
         DecodeAttention(spec, workspace, buffers.int_workspace, pool.size),
         PrefillAttention(spec, workspace),
         dense=dense,
-        dense_in_all_forwards=len(layer_ids) < len(all_ids),
+        dense_in_all_forwards=len(layer_ids) < len(layers),
         rope=table,
     )
     begin = time.perf_counter()
-    runner.warm_up(_any_layer(model_runner, layer_ids[0]))
+    runner.warm_up(LayerInput.of_pool(model_runner.token_to_kv_pool, layer_ids[0]))
     logger.info("TokenSelect: kernels of prefill ready after %.0f s", time.perf_counter() - begin)
     return runner
 
 
-def _any_layer(model_runner: ModelRunner, layer_id: int) -> LayerInput:
-    pool = model_runner.token_to_kv_pool
-    keys, values = pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)
-    return LayerInput(layer_id, keys, values, scaling=1.0, logit_cap=0.0)
-
-
 def _float_workspace(device: str) -> torch.Tensor:
-    """For FlashInfer, as large as SGLang makes it."""
+    """For FlashInfer, as large as SGLang makes it for any model."""
     from sglang.srt.environ import envs
 
-    return torch.empty(envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.get(), dtype=torch.uint8, device=device)
+    num_bytes = max(envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.get(), LEAST_WORKSPACE_BYTES)
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)

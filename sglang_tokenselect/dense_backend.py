@@ -6,15 +6,18 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+
+from sglang_tokenselect.runner import Graph
 
 
 class DenseBackend(FlashInferAttnBackend):
     """As SGLang's, exact for models with a soft cap of the logits or with sliding windows.
 
     SGLang hands the cap to each run but not to the plan, which is where FlashInfer chooses between a kernel that caps
-    and one that does not; so its models with a cap run without it. And its prefill over new tokens alone forgets the
-    window, which the one over the paged pool (`use_paged`) has.
+    and one that does not; so its models with a cap run without it. And its prefill over the new tokens alone forgets
+    the window, which the one over the paged pool (`use_paged`) has.
     """
 
     def __init__(self, model_runner: Any, logit_cap: float) -> None:
@@ -23,6 +26,24 @@ class DenseBackend(FlashInferAttnBackend):
         self.use_paged = self.use_paged or model_runner.sliding_window_size is not None
         for wrapper in (*self.decode_wrappers, *self.prefill_wrappers_paged, self.prefill_wrapper_ragged):
             self._plan_with_cap(wrapper)
+
+    def reserve_graph_rows(self, max_rows: int, longest: int) -> None:
+        """Memory for CUDA graphs of up to `max_rows` requests of up to `longest` tokens; earlier graphs are gone."""
+        self.decode_cuda_graph_metadata.clear()
+        indices = torch.zeros(max_rows * longest, dtype=torch.int32, device=self.workspace_buffer.device)
+        # Among what prefill needs are masks of max_rows * context_len bytes, for speculative decoding alone.
+        self.skip_prefill = True
+        self.init_cuda_graph_state(max_rows, max_rows, kv_indices_buf=indices)
+        self.skip_prefill = False
+
+    def begin(self, forward_batch: Any, graph: Graph) -> None:
+        """Plans a forward."""
+        if graph is Graph.NONE:
+            self.init_forward_metadata(forward_batch)
+            return
+        # Of the graphs of one batch size, the first to be captured makes the wrappers that both use.
+        is_first = forward_batch.batch_size not in self.decode_cuda_graph_metadata
+        self.init_forward_metadata_out_graph(forward_batch, in_capture=graph is Graph.CAPTURE and is_first)
 
     def _create_decode_wrappers(self, bs: int, num_tokens: int) -> list:
         wrappers = super()._create_decode_wrappers(bs, num_tokens)

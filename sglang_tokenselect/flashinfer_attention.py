@@ -18,6 +18,7 @@ from flashinfer import (
     fast_decode_plan,
 )
 
+from sglang_tokenselect.model_shape import ModelShape
 from sglang_tokenselect.slot_lists import SlotLists
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
@@ -28,16 +29,13 @@ class AttentionSpec:
     """What FlashInfer compiles and plans for.
 
     Attributes:
-        num_qo_heads, num_kv_heads, head_dim, dtype: of queries and cached keys.
+        shape: of the model.
         logit_cap: tanh soft cap, 0 for none.
         rope_theta: in compact mode, where FlashInfer rotates the keys by their rank in the list and the queries as the
             last of them; None: queries and keys are rotated already.
     """
 
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
+    shape: ModelShape
     logit_cap: float = 0.0
     rope_theta: float | None = None
 
@@ -55,11 +53,11 @@ class AttentionSpec:
     def plan_options(self) -> dict[str, Any]:
         return {
             **self.variant,
-            "num_qo_heads": self.num_qo_heads,
-            "num_kv_heads": self.num_kv_heads,
+            "num_qo_heads": self.shape.num_qo_heads,
+            "num_kv_heads": self.shape.num_kv_heads,
             "page_size": 1,
-            "q_data_type": self.dtype,
-            "kv_data_type": self.dtype,
+            "q_data_type": self.shape.dtype,
+            "kv_data_type": self.shape.dtype,
         }
 
 
@@ -97,6 +95,10 @@ class DecodeAttention:
         self._eager = self._make_wrapper()
         self._wrapper = self._eager
 
+    def forget_graphs(self) -> None:
+        """Before graphs are captured over other buffers."""
+        self._captured.clear()
+
     def plan(self, lists: SlotLists) -> None:
         """For a step that no graph holds."""
         self._wrapper = self._eager
@@ -125,7 +127,7 @@ class DecodeAttention:
             lists.kv_indptr,
             lists.kv_indices,
             self._last_page_len[:batch_size],
-            head_dim=self._spec.head_dim,
+            head_dim=self._spec.shape.head_dim,
             global_override_indptr_cpu=lists.kv_indptr_cpu,
             **self._spec.plan_options,
         )
@@ -147,7 +149,7 @@ class DecodeAttention:
             lists.kv_indptr_cpu,
             lists.kv_indices[: int(lists.kv_indptr_cpu[-1])],
             self._last_page_len_cpu[: len(lists)],
-            head_dim=self._spec.head_dim,
+            head_dim=self._spec.shape.head_dim,
             **self._spec.plan_options,
         )
 
@@ -173,7 +175,7 @@ class PrefillAttention:
             lists.kv_indptr_cpu,
             lists.kv_indices,
             torch.ones(len(lists), dtype=torch.int32),
-            head_dim_qk=self._spec.head_dim,
+            head_dim_qk=self._spec.shape.head_dim,
             causal=True,
             **self._spec.plan_options,
         )

@@ -45,7 +45,7 @@ class GpuBuffers:
         caches: selection cache of all layers that select.
         decode, rows: scratch of decode selection.
         prefill, scratch, means: scratch of prefill selection.
-        step: [4 * (max_rows + 4)] int32, what changes from one decode step to the next.
+        step: int32, what changes from one decode step to the next (GpuDecode).
         rotated: [max_rows, num_qo_heads, head_dim], decode queries rotated for scoring; empty in absolute mode.
         int_workspace: for the plans of all FlashInfer wrappers of decode, which take turns.
     """
@@ -84,7 +84,7 @@ class GpuBuffers:
             prefill=Workspace(limits(PREFILL_BLOCKS, PREFILL_CANDIDATES), device),
             scratch=BlockScratch.allocate(num_means, heads, device),
             means=torch.empty(num_means, heads, head_dim, dtype=shape.dtype, device=device),
-            step=torch.zeros(4 * (max_rows + 4), dtype=torch.int32, device=device),
+            step=torch.zeros(3 * (max_rows + 4), dtype=torch.int32, device=device),
             rotated=torch.empty(
                 max_rows if config.is_compact else 0, heads, head_dim, dtype=shape.dtype, device=device
             ),
@@ -108,9 +108,12 @@ def graph_index_slots(config: TokenSelectConfig, max_rows: int, max_context_len:
 def reserved_bytes(
     config: TokenSelectConfig, model_config: ModelConfig, kv_cache_dtype: torch.dtype, server_args: Any
 ) -> int:
-    """Bytes that the GPU runner will allocate, before the model's pools exist; never less than it does."""
+    """Bytes of the buffers and of the graphs' slots, before the model and its pools exist; at least those."""
     shape = ModelShape.of(model_config, kv_cache_dtype, model_config.num_hidden_layers)
     max_rows = server_args.max_running_requests or MOST_RUNNING_REQUESTS
     graph_rows = server_args.cuda_graph_config.decode.max_bs or 0
-    index_bytes = 4 * graph_index_slots(config, graph_rows, shape.context_len)
-    return GpuBuffers.allocate(config, shape, max_rows, "meta").total_bytes + index_bytes
+    num_slots = graph_index_slots(config, graph_rows, shape.context_len)
+    if not config.is_compact:  # what GpuRunner.reserve_graph_rows adds for SGLang's backend
+        always_dense = config.dense_layers or getattr(model_config, "sliding_window_size", None)
+        num_slots += 2 * graph_rows * shape.context_len if always_dense else num_slots
+    return GpuBuffers.allocate(config, shape, max_rows, "meta").total_bytes + 4 * num_slots

@@ -46,10 +46,17 @@ class ModelShape:
 
 
 def attention_layers(model: nn.Module) -> list[Any]:
-    """The model's RadixAttention modules."""
+    """The model's RadixAttention modules.
+
+    Raises:
+        Refusal: it shows none, as with `--model-impl transformers`.
+    """
     from sglang.srt.layers.radix_attention import RadixAttention
 
-    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    if not layers:
+        raise Refusal("model", "attention layers among its modules, as SGLang's own models have", "none")
+    return layers
 
 
 def sliding_layers(layers: Sequence[Any]) -> frozenset[int]:

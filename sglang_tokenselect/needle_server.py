@@ -14,7 +14,6 @@ from pathlib import Path
 from sglang_tokenselect.needle import checkpoint_path
 from sglang_tokenselect.server_process import ServerProcess
 
-TRAINED_LENGTH = 4096
 CONTEXT_LENGTH = 70_000
 
 # The backend that is dense, and the flags of the device.

@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from sglang_tokenselect import compat
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.plugin import BACKEND
 
 if TYPE_CHECKING:
+    import torch
     from sglang.srt.configs.model_config import ModelConfig
 
     from sglang_tokenselect.model_shape import ModelShape
@@ -41,13 +43,17 @@ _SERVED_FLAGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "dllm_algorithm": ((None,), "block diffusion has no decode query"),
     "tokenizer_worker_num": ((1,), "extra tokenizer workers load no plugins"),
     "enable_hierarchical_cache": ((False,), "not served yet"),
+    "enable_lmcache": ((False,), "not served yet"),
+    "enable_flexkv": ((False,), "not served yet"),
+    "radix_cache_backend": ((None,), "others than SGLang's own were not tested"),
     "enable_mixed_chunk": ((False,), "a decode query in a prefill batch has no selection yet"),
     "enable_two_batch_overlap": ((False,), "not served yet"),
     "enable_pdmux": ((False,), "not served yet"),
     "enable_torch_compile": ((False,), "the runner is not compiled"),
-    "enable_lora": ((None, False), "its CUDA graphs take the place of those that select"),
     "enable_deterministic_inference": ((False,), "not served yet"),
 }
+
+_GPU_ONLY = ("Qwen2MoeForCausalLM",)
 
 _SERVED_GRAPHS = {
     "prefill": (("breakable", "disabled"), "the blocks of a prefill differ from forward to forward"),
@@ -85,8 +91,7 @@ def check_server_args(server_args: Any, config: TokenSelectConfig, *, options_gi
         if value not in served:
             raise Refusal(name, " or ".join(map(repr, served)), repr(value), reason)
     _check_chunks(getattr(server_args, "chunked_prefill_size", None), config)
-    if getattr(server_args, "device", None) == "cuda":
-        _check_graphs(server_args.cuda_graph_config)
+    _check_device(server_args, config)
 
 
 def check_model(model_config: ModelConfig, config: TokenSelectConfig) -> None:
@@ -98,47 +103,50 @@ def check_model(model_config: ModelConfig, config: TokenSelectConfig) -> None:
         raise Refusal("model", "decoder with full softmax attention in every layer", f"{architecture}: {kind}")
     if architecture not in ARCHITECTURES:
         raise Refusal("model", f"one of {', '.join(ARCHITECTURES)}", architecture)
+    if config.min_len is not None and config.min_len >= model_config.context_len:
+        raise Refusal("min_len", f"less than the context length of {model_config.context_len}", config.min_len)
     if wrong := [layer for layer in config.dense_layers if layer >= model_config.num_hidden_layers]:
         raise Refusal("dense_layers", f"layers below {model_config.num_hidden_layers}", wrong)
     if config.is_compact:
         _check_compact(hf_config, config)
 
 
-def check_torch_layers(sliding_layers: Collection[int]) -> None:
-    """What the runner for CPUs does not serve."""
+def check_torch(model_config: ModelConfig, sliding_layers: Collection[int]) -> None:
+    """What the runner for CPUs, or SGLang on a CPU, does not serve."""
     if sliding_layers:
         raise Refusal("model", "no sliding-window layers on a CPU", f"layers {sorted(sliding_layers)}")
+    architecture = model_config.hf_config.architectures[0]
+    if architecture in _GPU_ONLY:
+        raise Refusal("model", f"not {' or '.join(_GPU_ONLY)} on a CPU", architecture, "SGLang needs a GPU for it")
 
 
 def check_gpu(
-    capability: tuple[int, int], shape: ModelShape, config: TokenSelectConfig, sliding_layers: Collection[int]
+    capability: tuple[int, int],
+    shape: ModelShape,
+    dtype: torch.dtype,
+    config: TokenSelectConfig,
+    sliding_layers: Collection[int],
 ) -> None:
-    """What the kernels for GPUs do not serve.
+    """What the kernels for GPUs do not serve, of the device and the loaded model.
 
     Args:
         capability: compute capability of the device.
+        shape: its layers are those that select, its dtype that of the cached keys.
+        dtype: of the model.
     """
-    import torch
+    from sglang_tokenselect.kernels.paged_keys import HALF_DTYPES, HEAD_DIMS
 
-    from sglang_tokenselect.compat import check_gpu_versions
-    from sglang_tokenselect.kernels.block_plan import count_rows_per_block
-    from sglang_tokenselect.kernels.paged_keys import HEAD_DIMS
-    from sglang_tokenselect.kernels.workspace import MAX_BUDGET
-
-    check_gpu_versions()
     if capability != (9, 0):
         got = f"{capability[0]}.{capability[1]}"
         raise Refusal("GPU", "compute capability 9.0 (H100, H200)", got, "others were not tested")
     if shape.head_dim not in HEAD_DIMS:
         raise Refusal("model", f"head_dim {' or '.join(map(str, HEAD_DIMS))}", f"head_dim {shape.head_dim}")
-    if shape.dtype not in (torch.bfloat16, torch.float16):
-        raise Refusal("dtype", "bfloat16 or float16", shape.dtype)
-    if config.budget > MAX_BUDGET:
-        raise Refusal("budget", f"at most {MAX_BUDGET} on a GPU", config.budget)
-    try:
-        count_rows_per_block(config.block, config.sub_block)
-    except ValueError as error:
-        raise Refusal("sub_block", "what the kernels for GPUs can tile", config.sub_block, str(error)) from None
+    if dtype not in HALF_DTYPES:
+        raise Refusal("dtype", "bfloat16 or float16", dtype)
+    if shape.dtype != dtype:
+        raise Refusal("kv_cache_dtype", f"the model's {dtype}", shape.dtype)
+    if not shape.num_layers:
+        raise Refusal("dense_layers", "a layer that selects", sorted(config.dense_layers))
     if config.is_compact and sliding_layers:
         raise Refusal("positions=compact", "no sliding-window layers", f"layers {sorted(sliding_layers)}")
 
@@ -152,6 +160,33 @@ def _check_chunks(chunked_prefill_size: int | None, config: TokenSelectConfig) -
     if chunked_prefill_size is not None and chunked_prefill_size > 0 and chunked_prefill_size % config.block:
         reason = "so that the output does not depend on the chunks"
         raise Refusal("chunked_prefill_size", f"a multiple of block={config.block}", chunked_prefill_size, reason)
+
+
+def _check_device(server_args: Any, config: TokenSelectConfig) -> None:
+    import torch
+
+    device = getattr(server_args, "device", None)
+    if device == "cuda":
+        _check_gpu_options(config)
+        _check_graphs(server_args.cuda_graph_config)
+        if server_args.enable_lora:
+            raise Refusal("enable_lora", "False", "True", "its CUDA graphs take the place of those that select")
+    elif device == "cpu" and torch.cuda.is_available():
+        raise Refusal("device", "'cuda', or CUDA_VISIBLE_DEVICES='' for a server on the CPU", "'cpu' beside a GPU")
+
+
+def _check_gpu_options(config: TokenSelectConfig) -> None:
+    from sglang_tokenselect.kernels.block_plan import count_rows_per_block
+    from sglang_tokenselect.kernels.workspace import MAX_BUDGET
+
+    if untested := compat.untested_on_gpus():
+        raise Refusal(*untested, "others were not tested with a GPU")
+    if config.budget > MAX_BUDGET:
+        raise Refusal("budget", f"at most {MAX_BUDGET} on a GPU", config.budget)
+    try:
+        count_rows_per_block(config.block, config.sub_block)
+    except ValueError as error:
+        raise Refusal("sub_block", "what the kernels for GPUs can tile", config.sub_block, str(error)) from None
 
 
 def _check_graphs(cuda_graph_config: Any) -> None:
@@ -186,5 +221,5 @@ def _check_compact(hf_config: Any, config: TokenSelectConfig) -> None:
         raise Refusal("positions=compact", "a plain RoPE (no scaling)", f"rope_type={kind}")
     longest, trained = config.window.dense_len + config.block, hf_config.max_position_embeddings
     if longest > trained:
-        sizes = "sink + budget + local (or min_len) + block"
+        sizes = "min_len + block" if config.window.min_len > config.window.size else "sink + budget + local + block"
         raise Refusal(sizes, f"at most the trained length {trained} with compact positions", longest)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,7 +27,7 @@ class Graph(Enum):
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What a layer hands to the runner.
+    """What a layer hands to the runner; made by `of_pool` where the keys are in SGLang's pool.
 
     Attributes:
         layer_id: of the model, from 0.
@@ -43,17 +43,25 @@ class LayerInput:
     scaling: float
     logit_cap: float
 
+    @classmethod
+    def of_pool(cls, pool: Any, layer_id: int, scaling: float = 1.0, logit_cap: float = 0.0) -> LayerInput:
+        """
+        Args:
+            pool: SGLang's KVCache.
+        """
+        return cls(layer_id, pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id), scaling, logit_cap)
 
-class Runner(Protocol):
-    """Selection and attention of one model.
+
+class Runner:
+    """Selection and attention of one model. What is the same without graphs and without delegation is here.
 
     Attributes:
         dense: an AttentionBackend for what is delegated; None where nothing is.
         selects: whether any request of the current forward may select.
     """
 
-    dense: Any
-    selects: bool
+    dense: Any = None
+    selects: bool = True
 
     def begin(
         self, plan: ForwardPlan, forward_batch: ForwardBatch, graph: Graph = Graph.NONE, *, selects: bool | None = None
@@ -63,9 +71,7 @@ class Runner(Protocol):
         Args:
             selects: at capture, whether the graph is to select; otherwise the lengths tell.
         """
-
-    def delegates(self, layer_id: int) -> bool:
-        """Whether `dense` attends in this layer of the current forward."""
+        raise NotImplementedError
 
     def run(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
         """Attention of all queries of the current forward in one layer that is not delegated.
@@ -76,15 +82,23 @@ class Runner(Protocol):
         Returns:
             [num_tokens, num_qo_heads, head_dim].
         """
-
-    def reserve_graph_rows(self, max_rows: int, max_context_len: int) -> None:
-        """Memory for CUDA graphs of up to `max_rows` requests."""
-
-    def decode_selects(self, seq_lens: Sequence[int]) -> bool:
-        """Whether a decode step of requests of such lengths has to select at all."""
-
-    def fits_graph(self, seq_lens: Sequence[int]) -> bool:
-        """Whether a captured graph can serve such a decode step."""
+        raise NotImplementedError
 
     def report(self) -> Counters:
         """Counters so far."""
+        raise NotImplementedError
+
+    def delegates(self, layer_id: int) -> bool:
+        """Whether `dense` attends in this layer of the current forward."""
+        return False
+
+    def reserve_graph_rows(self, max_rows: int, max_context_len: int) -> None:
+        """Memory for CUDA graphs of up to `max_rows` requests; those captured before are not replayed again."""
+
+    def decode_selects(self, seq_lens: Sequence[int]) -> bool:
+        """Whether a decode step of requests of such lengths has to select at all."""
+        return True
+
+    def fits_graph(self, seq_lens: Sequence[int]) -> bool:
+        """Whether a captured graph can serve such a decode step."""
+        return False

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from sglang.kernels.ops.kvcache.kv_indices import create_flashinfer_kv_indices_triton
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,15 @@ class SlotLists:
 
     def __len__(self) -> int:
         return self.kv_indptr_cpu.shape[0] - 1
+
+    def write_first_slots(self, req_to_token: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Writes slots of positions 0..lengths-1 to each list, for those that attend to everything.
+
+        Args:
+            req_to_token: [num_req_rows, max_context_len] int32.
+            rows: [num_lists] int64, row of `req_to_token` of each list.
+            lengths: [num_lists] int32.
+        """
+        create_flashinfer_kv_indices_triton[(len(self),)](
+            req_to_token, rows, lengths, self.kv_indptr, None, self.kv_indices, req_to_token.stride(0)
+        )

@@ -6,7 +6,6 @@ The semantics are in `kernels/reference/`; this file only leads each request of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,17 +19,11 @@ from sglang_tokenselect.kernels.reference.kv import RequestKV
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.kernels.reference.prefill import cut_blocks, first_sparse_position, select_for_block
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
-from sglang_tokenselect.runner import Graph, LayerInput
+from sglang_tokenselect.runner import Graph, LayerInput, Runner
 
 
-class TorchRunner:
-    """Runs the layers of one model; see `runner.Runner`. Keeps the selection cache, keyed by `req_pool_idx` and layer.
-
-    It attends to everything itself where that is asked for, and knows no graphs.
-    """
-
-    dense = None
-    selects = True
+class TorchRunner(Runner):
+    """Runs the layers of one model. Keeps the selection cache, keyed by `req_pool_idx` and layer."""
 
     def __init__(self, config: TokenSelectConfig, req_to_token: torch.Tensor, ropes: dict[int, Rope]) -> None:
         """
@@ -55,18 +48,6 @@ class TorchRunner:
         else:
             for request in plan.requests:
                 self._cached.pop(request.req_pool_idx, None)
-
-    def delegates(self, layer_id: int) -> bool:
-        return False
-
-    def reserve_graph_rows(self, max_rows: int, max_context_len: int) -> None:
-        """Nothing is captured on a CPU; SGLang's harness calls it all the same."""
-
-    def decode_selects(self, seq_lens: Sequence[int]) -> bool:
-        return True
-
-    def fits_graph(self, seq_lens: Sequence[int]) -> bool:
-        return False
 
     def report(self) -> Counters:
         return self.counters
@@ -97,11 +78,11 @@ class TorchRunner:
         if cached is not None and cached.serves(
             query, request.seq_len, config.window, theta=config.theta, max_reuse=config.max_reuse
         ):
-            self.counters.reuses += 1
+            self.counters.reuses += config.budget > 0
             return cached
         rope = self._ropes.get(layer.layer_id)
         ranked = select_for_query(query, kv, config.window, rope=rope, vote_scale=config.vote_scale)
-        self.counters.votes += 1
+        self.counters.votes += config.budget > 0
         rows[layer.layer_id] = CachedSelection(query.clone(), ranked, request.seq_len)
         return rows[layer.layer_id]
 

@@ -68,10 +68,9 @@ def samples_of(length: int, seed: int, count_tokens) -> list[tasks.Sample]:
     return asked + [tasks.ask_variables(context, chain) for chain in facts.chains]
 
 
-def ask(server: ServerProcess, sample: tasks.Sample) -> float:
+def answer(server: ServerProcess, sample: tasks.Sample) -> str:
     sampling = {"temperature": 0.0, "max_new_tokens": MAX_NEW_TOKENS, "stop": ["\n", "."]}
-    answer = server.post("/generate", {"text": sample.prompt, "sampling_params": sampling})
-    return tasks.score(answer["text"], sample.answers)
+    return server.post("/generate", {"text": sample.prompt, "sampling_params": sampling})["text"]
 
 
 def measure(server: ServerProcess, policy: str, length: int, seed: int, count_tokens) -> Iterator[dict]:
@@ -82,7 +81,7 @@ def measure(server: ServerProcess, policy: str, length: int, seed: int, count_to
     for task, samples in by_task.items():
         before = server.counters() if policy != "dense" else None
         begin = time.monotonic()
-        scores = [ask(server, sample) for sample in samples]
+        scores = [tasks.score(answer(server, sample), sample.answers) for sample in samples]
         seconds = time.monotonic() - begin
         yield {
             "policy": policy,
@@ -150,7 +149,7 @@ def main() -> None:
             return show(list(csv.DictReader(file)))
     count_tokens, common = token_counter(checkpoint_path()), setting(options.device)
     with options.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not file.tell():
             writer.writeheader()
         for policy in options.policies:

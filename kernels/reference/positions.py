@@ -20,7 +20,7 @@ class Rope:
 
     cos_sin_cache: torch.Tensor
     is_neox_style: bool = True
-    theta: float = 10000.0
+    theta: float | None = None
 
     @classmethod
     def from_theta(cls, theta: float, head_dim: int, max_position: int, *, dtype: torch.dtype = torch.float32) -> Rope:

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerator import DEVICE, HAS_CUDA
+from accelerator import DEVICE, NEEDS_CUDA
 from attention_twins import DecodeTwin, PrefillTwin
 
 from sglang_tokenselect.gpu_buffers import INT_WORKSPACE_BYTES
 from sglang_tokenselect.kernels.reference.positions import Rope
+from sglang_tokenselect.model_shape import ModelShape
 from sglang_tokenselect.slot_lists import SlotLists
 
-pytestmark = pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
+pytestmark = NEEDS_CUDA
 
 HEADS, KV_HEADS, HEAD_DIM, NUM_SLOTS = 8, 2, 128, 6000
 THETA = 1e4
@@ -34,7 +35,7 @@ def make_lists(lengths) -> SlotLists:
 def make_spec(theta):
     from sglang_tokenselect.flashinfer_attention import AttentionSpec
 
-    return AttentionSpec(HEADS, KV_HEADS, HEAD_DIM, torch.bfloat16, rope_theta=theta)
+    return AttentionSpec(ModelShape(1, HEADS, KV_HEADS, HEAD_DIM, torch.bfloat16, 4096), rope_theta=theta)
 
 
 def make_rope(theta) -> Rope | None:

@@ -32,17 +32,29 @@ MAX_LEN, NUM_ROWS, MAX_ROWS = 320, 7, 4
 LARGER = 8  # times as many tokens, where a GPU is fast enough
 ROPE_THETA = 1e4
 DTYPE = torch.bfloat16 if HAS_CUDA else torch.float16
-# Logits are spread, so that the members at the margin of a selection weigh little and are seldom near-ties. Where they
-# are, half precision may choose another than float32, which the laws allow: for few queries, of either kind of forward.
+# Logits are spread, so that the members at the margin of a selection weigh little and are seldom near-ties.
 QUERY_SPREAD = 3.0
-TOLERANCE = 0.04
-NEAR_TIES = 0.1
+# Of what attends to everything, and of what selects.
+DENSE_TOLERANCE = 0.03 if HAS_CUDA else 0.003
+TOLERANCE = 0.04 if HAS_CUDA else 0.005
+
+
+def near_ties(config: TokenSelectConfig) -> float:
+    """Share of queries whose selection half precision may turn at its margin, as the laws allow.
+
+    In compact positions the vote's logits are not the attention's, so members at the margin weigh as others do.
+    """
+    if HAS_CUDA:
+        return 0.1
+    return 0.05 if config.is_compact else 0.02
 
 
 class Pair:
     """Both runners on one paged pool, whose slots are scattered and NaN where nothing was written."""
 
-    def __init__(self, *, heads=(4, 2), head_dim=64, dtype=DTYPE, logit_cap=0.0, scale=1, **options) -> None:
+    def __init__(
+        self, *, heads=(4, 2), head_dim=64, dtype=DTYPE, logit_cap=0.0, scale=1, delegate=None, **options
+    ) -> None:
         sizes = {name: size * scale for name, size in SMALL.items() if name != "theta"}
         self.config = TokenSelectConfig(**{**SMALL, **sizes, **options})
         self.scale, self.max_len = scale, MAX_LEN * scale
@@ -57,24 +69,22 @@ class Pair:
         rope = Rope.from_theta(ROPE_THETA, head_dim, self.max_len) if self.config.is_compact else None
         rope = rope and Rope(rope.cos_sin_cache.to(DEVICE), theta=rope.theta)
         self.expected = TorchRunner(self.config, self.req_to_token, dict.fromkeys(LAYERS, rope) if rope else {})
-        self.actual = self._make_gpu_runner(rope)
+        self.actual = self._make_gpu_runner(rope, **(delegate or {}))
 
-    def _make_gpu_runner(self, rope: Rope | None) -> GpuRunner:
+    def _make_gpu_runner(self, rope: Rope | None, **delegate) -> GpuRunner:
         shape = ModelShape(len(LAYERS), *self.heads, self.head_dim, self.dtype, self.max_len)
         buffers = GpuBuffers.allocate(self.config, shape, MAX_ROWS, DEVICE)
         attentions = DecodeTwin(self.logit_cap, rope), PrefillTwin(self.logit_cap, rope)
         if HAS_CUDA:
             from sglang_tokenselect.flashinfer_attention import AttentionSpec, DecodeAttention, PrefillAttention
 
-            spec = AttentionSpec(
-                *self.heads, self.head_dim, self.dtype, self.logit_cap, rope_theta=rope.theta if rope else None
-            )
+            spec = AttentionSpec(shape, self.logit_cap, rope.theta if rope else None)
             workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device=DEVICE)
             attentions = (
                 DecodeAttention(spec, workspace, buffers.int_workspace, MAX_ROWS),
                 PrefillAttention(spec, workspace),
             )
-        return GpuRunner(self.config, LAYERS, buffers, self.req_to_token, *attentions, rope=rope)
+        return GpuRunner(self.config, LAYERS, buffers, self.req_to_token, *attentions, rope=rope, **delegate)
 
     def layer(self, index: int, pools: torch.Tensor) -> LayerInput:
         scaling = self.head_dim**-0.5
@@ -154,6 +164,7 @@ class Traffic:
         self.pair, self.graphs, self.rng = pair, graphs, random.Random(seed)
         self.generator = torch.Generator(DEVICE).manual_seed(seed)
         self.errors = {True: [], False: []}
+        self.dense_errors: list[float] = []
         self.lengths: dict[int, int] = {}
         self.last_query: dict[int, torch.Tensor] = {}
 
@@ -235,12 +246,26 @@ class Traffic:
     def _compare(self, plan: ForwardPlan, queries: torch.Tensor, actual: torch.Tensor) -> None:
         expected = self.pair.expect(plan, queries)
         assert not actual.isnan().any(), plan
-        self.errors[plan.is_decode] += (actual.float() - expected).abs().amax(dim=(2, 3)).flatten().tolist()
+        errors = (actual.float() - expected).abs().amax(dim=(2, 3)).cpu()
+        selecting = torch.cat([self._selecting(request, plan.is_decode) for request in plan.requests])
+        self.errors[plan.is_decode] += errors[:, selecting].flatten().tolist()
+        self.dense_errors += errors[:, ~selecting].flatten().tolist()
+
+    def _selecting(self, request: RequestPlan, is_decode: bool) -> torch.Tensor:
+        """[num_queries] bool."""
+        config = self.pair.config
+        if is_decode:
+            return torch.tensor([request.seq_len > config.window.dense_len])
+        position = torch.arange(request.prefix_len, request.seq_len)
+        start = torch.clamp(position // config.block * config.block, min=request.prefix_len)
+        return start > config.window.dense_len
 
     def check(self) -> None:
+        assert max(self.dense_errors, default=0) < DENSE_TOLERANCE
         for is_decode, errors in self.errors.items():
             wrong = sum(error > TOLERANCE for error in errors)
-            assert wrong <= NEAR_TIES * len(errors), f"is_decode={is_decode}: {wrong} of {len(errors)}"
+            allowed = near_ties(self.pair.config) * len(errors)
+            assert wrong <= allowed, f"is_decode={is_decode}: {wrong} of {len(errors)}"
 
 
 def run_traffic(pair: Pair, *, graphs: bool = False, seed: int = 0) -> None:
@@ -292,15 +317,31 @@ def test_the_runners_agree(options):
         run_traffic(Pair(**options))
 
 
-def test_in_several_parts(monkeypatch):
-    """Scratch for less than a batch of blocks, and for less than a decode step."""
+def small_scratch(monkeypatch) -> None:
+    """For less than a batch of blocks, and for less than a decode step."""
     monkeypatch.setattr(gpu_buffers, "DECODE_CANDIDATES", MAX_LEN)
     monkeypatch.setattr(gpu_buffers, "PREFILL_CANDIDATES", 2 * MAX_LEN)
     monkeypatch.setattr(gpu_buffers, "PREFILL_BLOCKS", 3)
+
+
+def test_prefill_in_several_parts(monkeypatch):
+    small_scratch(monkeypatch)
     pair = Pair()
     pair.actual.warm_up(pair.layer(0, pair.pools))
     run_traffic(pair)
-    assert not pair.actual.fits_graph([300] * 4)
+
+
+def test_decode_in_several_parts(monkeypatch):
+    small_scratch(monkeypatch)
+    pair = Pair(theta=0.99)
+    traffic = Traffic(pair)
+    for row in (1, 2, 3, 4):
+        traffic.extend((row, 300))
+    assert pair.actual.fits_graph([301]) and not pair.actual.fits_graph([301] * 4)
+    traffic.decode(1, 2, 3, 4, similar=False)
+    traffic.decode(1, 2, 3, 4, similar=False)
+    traffic.check()
+    assert pair.actual.report().votes == 2 * 4 * len(LAYERS)
 
 
 def test_more_requests_than_cache_entries():
@@ -314,17 +355,73 @@ def test_more_requests_than_cache_entries():
     assert report.reuses == 0 and report.votes == 3 * 2 * len(LAYERS)
 
 
-def test_a_finished_request_leaves_its_cache_entry():
-    pair = Pair(cache_requests=1)
+def test_a_finished_request_leaves_its_cache_entry_empty():
+    """All queries pass for alike, so a vote that stayed would be reused."""
+    pair = Pair(cache_requests=1, theta=-1.0)
     traffic = Traffic(pair)
-    traffic.extend((1, 100), (2, 120))
+    traffic.extend((1, 100), (2, 100))
     traffic.decode(1, similar=True)
     traffic.decode(1, similar=True)
     assert pair.actual.report().reuses == len(LAYERS)
     traffic.end(1)
-    traffic.decode(2, similar=True)  # the only entry is now row 2's, and holds nothing of row 1's
-    assert pair.actual.report().uncached_queries == 0
-    assert pair.actual.report().reuses == len(LAYERS)
+    traffic.decode(2, similar=True)
+    report = pair.actual.report()
+    assert (report.uncached_queries, report.reuses, report.votes) == (0, len(LAYERS), 2 * len(LAYERS))
+
+
+def test_a_new_request_in_a_row_does_not_reuse_the_old_ones_vote():
+    pair = Pair(theta=-1.0)
+    traffic = Traffic(pair)
+    for _ in range(2):
+        traffic.extend((1, 100))
+        traffic.decode(1, similar=True)
+        traffic.end(1)
+    report = pair.actual.report()
+    assert (report.votes, report.reuses) == (2 * len(LAYERS), 0)
+
+
+def test_without_a_budget_nobody_votes():
+    pair = Pair(budget=0)
+    traffic = Traffic(pair)
+    traffic.extend((1, 100))
+    traffic.decode(1, similar=True)
+    traffic.check()
+    assert pair.actual.report().votes == pair.expected.report().votes == 0
+
+
+class RecordingBackend:
+    """Stands where SGLang's own backend does, and tells what it was asked for."""
+
+    def __init__(self) -> None:
+        self.begun: list[Graph] = []
+        self.reserved: tuple[int, int] | None = None
+
+    def begin(self, forward_batch: SimpleNamespace, graph: Graph) -> None:
+        self.begun.append(graph)
+
+    def reserve_graph_rows(self, max_rows: int, longest: int) -> None:
+        self.reserved = (max_rows, longest)
+
+
+@pytest.mark.parametrize("dense_in_all_forwards", [False, True])
+def test_what_selects_nothing_is_delegated(dense_in_all_forwards):
+    dense = RecordingBackend()
+    pair = Pair(delegate={"dense": dense, "dense_in_all_forwards": dense_in_all_forwards})
+    runner, other_layer = pair.actual, LAYERS[0] + 1
+    batch = SimpleNamespace(batch_size=1, req_pool_indices=torch.ones(1, dtype=torch.int64, device=DEVICE))
+    for seq_len, selects in ((60, False), (61, True)):
+        batch.seq_lens = torch.tensor([seq_len], device=DEVICE)
+        runner.begin(ForwardPlan(True, (RequestPlan(1, seq_len, 0, 1),)), batch)
+        assert runner.selects == selects
+        assert runner.delegates(LAYERS[0]) == (not selects)
+        assert runner.delegates(other_layer)
+    runner.begin(ForwardPlan(False, (RequestPlan(1, 64, 0, 64),)), batch)
+    assert runner.delegates(LAYERS[0])
+    assert len(dense.begun) == (3 if dense_in_all_forwards else 2)
+    runner.reserve_graph_rows(2, MAX_LEN)
+    assert dense.reserved == (2, MAX_LEN if dense_in_all_forwards else 60)
+    with pytest.raises(ValueError, match="CUDA graph batch size: expected at most 4, got 5"):
+        runner.reserve_graph_rows(5, MAX_LEN)
 
 
 def test_the_bytes_are_told_before_they_are_allocated():
@@ -348,6 +445,14 @@ GPU_MODELS = {
 @pytest.mark.parametrize("model", GPU_MODELS.values(), ids=GPU_MODELS.keys())
 def test_the_runners_agree_on_a_gpu(model, positions, graphs):
     run_traffic(Pair(positions=positions, **model), graphs=graphs)
+
+
+@NEEDS_CUDA
+def test_graphs_that_are_captured_again():
+    """As SGLang does when weights are updated: over other buffers than before."""
+    pair = Pair()
+    Graphs(pair)
+    run_traffic(pair, graphs=True)
 
 
 @NEEDS_CUDA

@@ -19,7 +19,7 @@ import torch
 from accelerator import DEVICE, HAS_CUDA, NEEDS_CUDA
 from sglang.srt.plugins import load_plugins
 
-from sglang_tokenselect import refusals
+from sglang_tokenselect import create_runner, refusals
 
 KIT = "sglang.test.kits.attention_unittest"
 # The kernels for GPUs serve neither float32 nor the harness's head_dim of 16.
@@ -62,6 +62,9 @@ SLIDING_CASES = page_size_1(
 @pytest.fixture(autouse=True)
 def harness_model(monkeypatch):
     monkeypatch.setattr(refusals, "ARCHITECTURES", (*refusals.ARCHITECTURES, "TinyForCausalLM"))
+    # The harness's model runner has a model without modules.
+    layer = types.SimpleNamespace(layer_id=0, sliding_window_size=-1, logit_cap=0.0, logit_capping_method="tanh")
+    monkeypatch.setattr(create_runner, "attention_layers", lambda model: [layer])
     with torch.no_grad():
         yield
 

@@ -11,16 +11,10 @@ import re
 
 import pytest
 from models import write_model
-from traffic import TOKEN_SERVER, Aborts, generate, mixed_requests
+from traffic import COMPACT, RETRACT, TIGHT, TOKEN_SERVER, WHOLE, Aborts, generate, mixed_requests
 
 from sglang_tokenselect.server_process import ServerProcess
 
-# A window beyond every request here, in blocks that the small chunks below cut many times.
-WHOLE = ("--tokenselect-budget", "2048", "--tokenselect-block", "32", "--tokenselect-sub-block", "8")
-# A pool too small for all that run at once; SGLang's own test switch retracts every few steps besides.
-TIGHT = ("--chunked-prefill-size", "96", "--max-total-tokens", "2600", "--max-running-requests", "24")
-RETRACT = {"SGLANG_TEST_RETRACT": "1"}
-COMPACT = ("--tokenselect-positions", "compact")
 REQUESTS = mixed_requests(200, longest=900, seed=1)
 
 

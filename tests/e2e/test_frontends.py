@@ -93,10 +93,10 @@ def test_a_refusal_ends_the_launch_with_one_line(llama):
 
 def test_a_model_that_is_not_served_ends_the_server(tmp_path):
     """Seen only once the model is there: the server must end, not serve it densely."""
-    model = write_model(tmp_path, "Mistral", sliding_window=None)
+    model = write_model(tmp_path, "Gemma", hidden_act="gelu_pytorch_tanh")
     server = ServerProcess(model, *TOKEN_SERVER)
     server.start()
-    with pytest.raises(RuntimeError, match="expected one of LlamaForCausalLM, .*got MistralForCausalLM"):
+    with pytest.raises(RuntimeError, match="expected one of LlamaForCausalLM, .*got GemmaForCausalLM"):
         try:
             server.wait_until_ready()
         finally:

@@ -7,46 +7,41 @@ counted beside what differs between two runs of the dense backend on the same re
 
 from __future__ import annotations
 
-import random
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from accelerator import HAS_CUDA
+from accelerator import NEEDS_CUDA
 from models import write_model
-from traffic import GPU_TOKEN_SERVER, Aborts, Request, generate, mixed_requests
+from traffic import (
+    COMPACT,
+    GPU_TOKEN_SERVER,
+    RETRACT,
+    SPARSE,
+    TIGHT,
+    WHOLE,
+    Aborts,
+    generate,
+    mixed_requests,
+    unshared_requests,
+)
 
-from bench.needle.serve import ask, samples_of
+from bench.needle.serve import answer, samples_of
 from sglang_tokenselect.demo_questions import token_counter
 from sglang_tokenselect.needle import checkpoint_path
 from sglang_tokenselect.needle_server import needle_server
 from sglang_tokenselect.server_process import ServerProcess
 
-pytestmark = pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
+pytestmark = NEEDS_CUDA
 
-WHOLE = ("--tokenselect-budget", "2048", "--tokenselect-block", "32", "--tokenselect-sub-block", "8")
-SPARSE = (
-    *("--tokenselect-sink", "16", "--tokenselect-budget", "48", "--tokenselect-local", "32"),
-    *("--tokenselect-block", "32", "--tokenselect-sub-block", "8", "--tokenselect-min-len", "0"),
-)
-TIGHT = ("--chunked-prefill-size", "96", "--max-total-tokens", "2600", "--max-running-requests", "24")
-RETRACT = {"SGLANG_TEST_RETRACT": "1"}
 # Two ways not to reuse a selection.
 ALONE = ("--tokenselect-max-reuse", "1", "--disable-cuda-graph")
 CROWDED = ("--tokenselect-theta", "1.1")
-COMPACT = ("--tokenselect-positions", "compact")
 REQUESTS = mixed_requests(200, longest=900, seed=1)
 ALLOWED = 0.03
 """Share of requests that may differ beyond what the dense backend differs from itself."""
 ALLOWED_COMPACT = 0.06
 """As FlashInfer rotates keys that are rounded already, and rounds them again; its tiles vary with the batch."""
-
-
-def unshared_requests(count: int) -> list[Request]:
-    """No common prefixes: a radix hit inside a block shortens that block, which the spec allows."""
-    rng = random.Random(3)
-    lengths = [97, 128, 129, *(rng.randint(1, 1200) for _ in range(count - 3))]
-    return [Request([rng.randrange(3, 512) for _ in range(n)], rng.randint(2, 12)) for n in lengths]
 
 
 UNSHARED = unshared_requests(60)
@@ -111,11 +106,11 @@ def test_nor_do_they_change_answers_about_long_texts():
     selection would weigh as much as others there, and rounding would turn every fifth answer."""
     samples = [sample for seed in range(3) for sample in samples_of(8192, seed, token_counter(checkpoint_path()))]
 
-    def answers(*flags: str, concurrency: int) -> list[float]:
+    def answers(*flags: str, concurrency: int) -> list[str]:
         with needle_server(False, *flags, device="cuda") as server, ThreadPoolExecutor(concurrency) as pool:
-            scores = list(pool.map(lambda sample: ask(server, sample), samples))
+            texts = list(pool.map(lambda sample: answer(server, sample), samples))
             assert server.counters()["votes"] > 0 and server.counters()["reuses"] == 0
-        return scores
+        return texts
 
     alone = answers("--chunked-prefill-size", "4096", *ALONE, concurrency=1)
     crowded = answers("--chunked-prefill-size", "512", *CROWDED, concurrency=16)
@@ -143,6 +138,7 @@ MODELS = {
     "Qwen2": {},
     "Qwen3": {},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen2Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
     "Gemma2": {"head_dim": 128, "query_pre_attn_scalar": 128, "sliding_window": 32, "hidden_act": "gelu_pytorch_tanh"},
 }

@@ -3,26 +3,13 @@
 
 from __future__ import annotations
 
-import random
 import re
 
 import pytest
 from models import write_model
-from traffic import TOKEN_SERVER, Request, generate
+from traffic import SPARSE, TOKEN_SERVER, generate, unshared_requests
 
 from sglang_tokenselect.server_process import ServerProcess
-
-SPARSE = (
-    *("--tokenselect-sink", "16", "--tokenselect-budget", "48", "--tokenselect-local", "32"),
-    *("--tokenselect-block", "32", "--tokenselect-sub-block", "8", "--tokenselect-min-len", "0"),
-)
-
-
-def unshared_requests(count: int) -> list[Request]:
-    """No common prefixes: a radix hit inside a block shortens that block, which the spec allows."""
-    rng = random.Random(3)
-    lengths = [97, 128, 129, *(rng.randint(1, 1200) for _ in range(count - 3))]
-    return [Request([rng.randrange(3, 512) for _ in range(n)], rng.randint(2, 12)) for n in lengths]
 
 
 @pytest.mark.parametrize("positions", ["absolute", "compact"])

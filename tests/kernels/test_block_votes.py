@@ -16,12 +16,12 @@ from sglang_tokenselect.kernels.block_plan import (
     Tuning,
     count_rows_per_block,
     plan_blocks,
-    to_device,
 )
 from sglang_tokenselect.kernels.block_votes import score_blocks
 from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference import prefill
 from sglang_tokenselect.kernels.reference.vote import soft_vote
+from sglang_tokenselect.kernels.transfer import to_device
 from sglang_tokenselect.kernels.workspace import TILE
 
 NUM_SINK = 5

@@ -8,9 +8,7 @@ import torch
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_CUDA else "cpu"
-NEEDS_CUDA = pytest.mark.skipif(
-    not HAS_CUDA, reason="Triton's interpreter: tl.dot is broken in bfloat16, float8 is absent"
-)
+NEEDS_CUDA = pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU: Triton's interpreter has no bfloat16 and no float8")
 BIG = pytest.mark.skipif(not HAS_CUDA, reason="too large for Triton's interpreter")
 # Of the queries and of the keys.
 DTYPES = [

@@ -40,6 +40,9 @@ class DecodeTwin(_Twin):
 
     plan_capture = plan_replay = plan
 
+    def forget_graphs(self) -> None:
+        """It knows none."""
+
 
 class PrefillTwin(_Twin):
     """Of PrefillAttention."""

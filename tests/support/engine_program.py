@@ -13,7 +13,7 @@ import sys
 def main() -> None:
     import sglang as sgl
 
-    options = {"sink": 16, "budget": 48, "local": 32, "block": 32, "sub_block": 8}
+    options = {"sink": 16, "budget": 48, "local": 32, "block": 32, "sub_block": 8, "min_len": 0}
     engine = sgl.Engine(
         model_path=sys.argv[1],
         attention_backend="tokenselect",

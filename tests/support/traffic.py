@@ -23,6 +23,19 @@ GPU_TOKEN_SERVER = (
 )
 
 
+# A window beyond every request of up to 2,000 tokens, in blocks that small chunks cut many times.
+WHOLE = ("--tokenselect-budget", "2048", "--tokenselect-block", "32", "--tokenselect-sub-block", "8")
+# A small window, whatever the default of min_len.
+SPARSE = (
+    *("--tokenselect-sink", "16", "--tokenselect-budget", "48", "--tokenselect-local", "32"),
+    *("--tokenselect-block", "32", "--tokenselect-sub-block", "8", "--tokenselect-min-len", "0"),
+)
+# A pool too small for all that run at once; SGLang's own test switch retracts every few steps besides.
+TIGHT = ("--chunked-prefill-size", "96", "--max-total-tokens", "2600", "--max-running-requests", "24")
+RETRACT = {"SGLANG_TEST_RETRACT": "1"}
+COMPACT = ("--tokenselect-positions", "compact")
+
+
 @dataclass(frozen=True)
 class Request:
     input_ids: list[int]
@@ -40,6 +53,13 @@ def mixed_requests(count: int, *, longest: int, vocab_size: int = 512, seed: int
         tail = _tokens(rng, rng.choice([1, 2, 7, rng.randint(1, longest // 2)]), vocab_size)
         requests.append(Request(stem + tail, rng.choice([1, 2, rng.randint(3, 24)])))
     return requests
+
+
+def unshared_requests(count: int) -> list[Request]:
+    """No common prefixes: a radix hit inside a block shortens that block, which the spec allows."""
+    rng = random.Random(3)
+    lengths = [97, 128, 129, *(rng.randint(1, 1200) for _ in range(count - 3))]
+    return [Request(_tokens(rng, n, 512), rng.randint(2, 12)) for n in lengths]
 
 
 def generate(server: ServerProcess, requests: list[Request], *, concurrency: int) -> list[list[int]]:

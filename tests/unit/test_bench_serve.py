@@ -6,14 +6,11 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
-import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2]))  # bench/ is not installed
 
 from bench.serve import cells, client, gaps, results, run, table
 from bench.serve.client import Answer

@@ -247,49 +247,85 @@ def test_other_devices_are_refused():
         refusals.check_server_args(args, TokenSelectConfig())
 
 
-@pytest.mark.parametrize(
-    ("phase", "backend"), [("prefill", "full"), ("prefill", "tc_piecewise"), ("decode", "breakable")]
-)
-def test_cuda_graphs_that_cannot_hold_the_selection_are_refused(phase, backend):
+def gpu_args(**changes):
     graphs = {"prefill": SimpleNamespace(backend="breakable"), "decode": SimpleNamespace(backend="full")}
-    graphs[phase] = SimpleNamespace(backend=backend)
-    args = SimpleNamespace(attention_backend="tokenselect", device="cuda", cuda_graph_config=SimpleNamespace(**graphs))
-    with pytest.raises(refusals.Refusal, match=f"cuda_graph_backend_{phase}: expected .* got '{backend}'"):
-        refusals.check_server_args(args, TokenSelectConfig())
+    graphs.update({name: SimpleNamespace(backend=backend) for name, backend in changes.items() if name in graphs})
+    return SimpleNamespace(
+        attention_backend="tokenselect",
+        device="cuda",
+        enable_lora=changes.get("enable_lora"),
+        cuda_graph_config=SimpleNamespace(**graphs),
+    )
 
 
-H200, LLAMA_8B = (9, 0), ModelShape(32, 32, 8, 128, torch.bfloat16, 131072)
-REFUSED_ON_GPUS = [
-    ((8, 0), LLAMA_8B, {}, (), "GPU: expected compute capability 9.0"),
-    (H200, replace(LLAMA_8B, head_dim=256), {}, (), "head_dim 64 or 128, got head_dim 256"),
-    (H200, replace(LLAMA_8B, dtype=torch.float32), {}, (), "dtype: expected bfloat16 or float16"),
-    (H200, LLAMA_8B, {"budget": 8193}, (), "budget: expected at most 8192 on a GPU, got 8193"),
-    (H200, LLAMA_8B, {"block": 96, "sub_block": 32}, (), "sub_block: expected what the kernels"),
-    (H200, LLAMA_8B, {"positions": "compact"}, (0,), "no sliding-window layers"),
+REFUSED_WITH_A_GPU = [
+    ({"prefill": "full"}, {}, "cuda_graph_backend_prefill: expected .* got 'full'"),
+    ({"prefill": "tc_piecewise"}, {}, "cuda_graph_backend_prefill: expected .* got 'tc_piecewise'"),
+    ({"decode": "breakable"}, {}, "cuda_graph_backend_decode: expected .* got 'breakable'"),
+    ({"enable_lora": True}, {}, "enable_lora: expected False, got True"),
+    ({}, {"budget": 8193}, "budget: expected at most 8192 on a GPU, got 8193"),
+    ({}, {"block": 96, "sub_block": 32}, "sub_block: expected what the kernels"),
 ]
 
 
-@pytest.mark.parametrize(("capability", "shape", "options", "sliding", "message"), REFUSED_ON_GPUS, ids=str)
-def test_what_gpus_do_not_serve_is_refused(monkeypatch, capability, shape, options, sliding, message):
-    monkeypatch.setattr(compat, "check_gpu_versions", lambda: None)
+@pytest.mark.parametrize(("flags", "options", "message"), REFUSED_WITH_A_GPU, ids=str)
+def test_what_cannot_go_with_a_gpu_is_refused_before_the_model_is_loaded(monkeypatch, flags, options, message):
+    monkeypatch.setattr(compat, "untested_on_gpus", lambda: None)
+    refusals.check_server_args(gpu_args(), TokenSelectConfig())
     with pytest.raises(refusals.Refusal, match=message):
-        refusals.check_gpu(capability, shape, TokenSelectConfig(**options), sliding)
-
-
-def test_the_rest_is_served_on_gpus(monkeypatch):
-    monkeypatch.setattr(compat, "check_gpu_versions", lambda: None)
-    refusals.check_gpu(H200, LLAMA_8B, TokenSelectConfig(dense_layers=(0,)), sliding_layers=(1,))
+        refusals.check_server_args(gpu_args(**flags), TokenSelectConfig(**options))
 
 
 def test_gpus_need_the_versions_that_were_tested(monkeypatch):
     monkeypatch.setattr(compat, "version", {"sglang": "0.5.17", "flashinfer-python": "0.7.2"}.get)
-    with pytest.raises(RuntimeError, match="flashinfer-python with a GPU: expected 0.6.15, got 0.7.2"):
-        compat.check_gpu_versions()
+    with pytest.raises(refusals.Refusal, match="flashinfer-python: expected 0.6.15, got 0.7.2"):
+        refusals.check_server_args(gpu_args(), TokenSelectConfig())
 
 
-def test_the_cpu_runner_has_no_sliding_windows():
+def test_a_cpu_server_beside_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = SimpleNamespace(attention_backend="tokenselect", device="cpu")
+    with pytest.raises(refusals.Refusal, match="device: expected 'cuda', or CUDA_VISIBLE_DEVICES=''"):
+        refusals.check_server_args(args, TokenSelectConfig())
+
+
+H200, BF16, LLAMA_8B = (9, 0), torch.bfloat16, ModelShape(32, 32, 8, 128, torch.bfloat16, 131072)
+REFUSED_ON_GPUS = [
+    ((8, 0), LLAMA_8B, BF16, {}, (), "GPU: expected compute capability 9.0"),
+    (H200, replace(LLAMA_8B, head_dim=256), BF16, {}, (), "head_dim 64 or 128, got head_dim 256"),
+    (H200, LLAMA_8B, torch.float32, {}, (), "dtype: expected bfloat16 or float16"),
+    (H200, LLAMA_8B, torch.float16, {}, (), "kv_cache_dtype: expected the model's torch.float16, got torch.bfloat16"),
+    (H200, replace(LLAMA_8B, num_layers=0), BF16, {"dense_layers": (0,)}, (), "dense_layers: expected a layer that"),
+    (H200, LLAMA_8B, BF16, {"positions": "compact"}, (0,), "no sliding-window layers"),
+]
+
+
+@pytest.mark.parametrize(("capability", "shape", "dtype", "options", "sliding", "message"), REFUSED_ON_GPUS, ids=str)
+def test_what_gpus_do_not_serve_is_refused(capability, shape, dtype, options, sliding, message):
+    with pytest.raises(refusals.Refusal, match=message):
+        refusals.check_gpu(capability, shape, dtype, TokenSelectConfig(**options), sliding)
+
+
+def test_the_rest_is_served_on_gpus():
+    refusals.check_gpu(H200, LLAMA_8B, BF16, TokenSelectConfig(dense_layers=(0,)), sliding_layers=(1,))
+
+
+def test_what_cpus_do_not_serve_is_refused():
+    llama, moe = (
+        SimpleNamespace(hf_config=SimpleNamespace(architectures=[f"{name}ForCausalLM"]))
+        for name in ("Llama", "Qwen2Moe")
+    )
+    refusals.check_torch(llama, ())
     with pytest.raises(refusals.Refusal, match=r"no sliding-window layers on a CPU, got layers \[1\]"):
-        refusals.check_torch_layers({1})
+        refusals.check_torch(llama, {1})
+    with pytest.raises(refusals.Refusal, match="not Qwen2MoeForCausalLM on a CPU"):
+        refusals.check_torch(moe, ())
+
+
+def test_min_len_must_leave_requests_that_select(llama):
+    with pytest.raises(refusals.Refusal, match="min_len: expected less than the context length of 4096, got 4096"):
+        refusals.check_model(model_config(llama), TokenSelectConfig(min_len=4096))
+    refusals.check_model(model_config(llama), TokenSelectConfig(min_len=4095))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode on a GPU: what the rows of a step attend to, planned on the host; their selection in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.gpu_buffers import GpuBuffers, graph_index_slots
+from sglang_tokenselect.kernels.paged_keys import PagedKeys
+from sglang_tokenselect.kernels.reference.positions import Rope
+from sglang_tokenselect.kernels.rotate import rotate
+from sglang_tokenselect.kernels.rows import EVERYTHING
+from sglang_tokenselect.kernels.select_decode import select_decode
+from sglang_tokenselect.kernels.selection_cache import DecodeBatch
+from sglang_tokenselect.kernels.transfer import ALIGNMENT, int32, pinned
+from sglang_tokenselect.runner import Graph, LayerInput
+from sglang_tokenselect.slot_lists import SlotLists
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from sglang_tokenselect.flashinfer_attention import DecodeAttention
+
+STEP_SECTIONS = 3
+"""What changes from step to step: kv_indptr, budgets, cache slots."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step: its rows as the kernels read them, and how many parts they are selected in."""
+
+    batch: DecodeBatch
+    lists: SlotLists
+    num_parts: int
+
+
+class GpuDecode:
+    """Decode steps of one model, one after the other."""
+
+    def __init__(
+        self,
+        config: TokenSelectConfig,
+        layer_ids: Sequence[int],
+        buffers: GpuBuffers,
+        req_to_token: torch.Tensor,
+        attention: DecodeAttention,
+        rope: Rope | None,
+    ) -> None:
+        """For the arguments see GpuRunner."""
+        device = req_to_token.device
+        self._config, self._buffers, self._req_to_token = config, buffers, req_to_token
+        self._attention, self._rope = attention, rope
+        self._caches = {layer_id: buffers.caches.layer(i) for i, layer_id in enumerate(layer_ids)}
+        self._max_rows = buffers.decode.limits.max_rows
+        self._theta = torch.tensor([config.theta], dtype=torch.float32, device=device)
+        self._max_reuse = torch.tensor([config.max_reuse], dtype=torch.int32, device=device)
+        self._positions = torch.full((self._max_rows,), config.local, dtype=torch.int32, device=device)
+        self._graph_indices = torch.empty(0, dtype=torch.int32, device=device)
+        self._step: _Step | None = None
+
+    def reserve_graph_rows(self, max_rows: int, max_context_len: int) -> None:
+        """Index memory for graphs of up to `max_rows` requests. Graphs captured before are not replayed again."""
+        if max_rows > self._max_rows:
+            raise ValueError(f"CUDA graph batch size: expected at most {self._max_rows}, got {max_rows}")
+        num_slots = graph_index_slots(self._config, max_rows, max_context_len)
+        self._graph_indices = torch.zeros(num_slots, dtype=torch.int32, device=self._req_to_token.device)
+        self._attention.forget_graphs()
+
+    def count_parts(self, seq_lens: Sequence[int]) -> int:
+        """Parts that a step of requests of such lengths is selected in, if none reuses a selection."""
+        window = self._config.window
+        ends = window.num_sink + window.num_local
+        candidates = [n - ends if n > window.dense_len and window.budget else 0 for n in seq_lens]
+        return self._buffers.decode.limits.count_parts(candidates)
+
+    def begin(
+        self, seq_lens: Sequence[int], cache_slots: Sequence[int], forward_batch: ForwardBatch, graph: Graph
+    ) -> None:
+        """Once per step.
+
+        Args:
+            seq_lens: of each row, those that pad a graph included.
+            cache_slots: entry of the selection cache of each row; -1: none.
+        """
+        window, num_rows, in_graph = self._config.window, len(seq_lens), graph is not Graph.NONE
+        budgets = [window.budget if n > window.dense_len else EVERYTHING for n in seq_lens]
+        kv_indptr_cpu = int32([0, *accumulate(map(window.attended_length, seq_lens))])
+        kv_indptr, budgets, cache_slots = self._write_step(kv_indptr_cpu, budgets, cache_slots)
+        kv_indices = self._graph_indices if in_graph else self._graph_indices.new_empty(int(kv_indptr_cpu[-1]))
+        lists = SlotLists(kv_indptr, kv_indptr_cpu, kv_indices)
+        batch = DecodeBatch(
+            req_pool_indices=forward_batch.req_pool_indices[:num_rows],
+            seq_lens=forward_batch.seq_lens[:num_rows],
+            budgets=budgets,
+            cache_slots=cache_slots,
+            kv_indptr=kv_indptr,
+            theta=self._theta,
+            max_reuse=self._max_reuse,
+        )
+        self._step = _Step(batch, lists, num_parts=1 if in_graph else self.count_parts(seq_lens))
+        plans = {
+            Graph.NONE: self._attention.plan,
+            Graph.CAPTURE: self._attention.plan_capture,
+            Graph.REPLAY: self._attention.plan_replay,
+        }
+        plans[graph](lists)
+        # Rows that select have their first tokens there until a layer writes its own.
+        lists.write_first_slots(self._req_to_token, batch.req_pool_indices, kv_indptr.diff())
+
+    def select(self, query: torch.Tensor, layer: LayerInput) -> None:
+        """Writes what each row attends to in one layer."""
+        config, buffers, step = self._config, self._buffers, self._step
+        if self._rope is not None:
+            num_rows = query.shape[0]
+            scored = buffers.rotated[:num_rows]
+            rotate(query, self._positions[:num_rows], self._rope.cos_sin_cache, out=scored)
+            query = scored
+        select_decode(
+            query,
+            PagedKeys(layer.key_pool, self._req_to_token),
+            step.batch,
+            self._caches[layer.layer_id],
+            buffers.rows,
+            buffers.decode,
+            step.lists.kv_indices,
+            num_sink=config.sink,
+            num_local=config.local,
+            vote_scale=config.vote_scale,
+            num_parts=step.num_parts,
+        )
+
+    def attend(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
+        return self._attention.run(query, (layer.key_pool, layer.value_pool), layer.scaling)
+
+    def _write_step(
+        self, kv_indptr: torch.Tensor, budgets: Sequence[int], cache_slots: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """In one copy, to where graphs of this batch size read them: kv_indptr, budgets, cache slots."""
+        num_rows = len(budgets)
+        section = -(-(num_rows + 1) // ALIGNMENT) * ALIGNMENT
+        host = torch.zeros(STEP_SECTIONS, section, dtype=torch.int32)
+        host[0, : num_rows + 1] = kv_indptr
+        host[1, :num_rows] = int32(budgets)
+        host[2, :num_rows] = int32(cache_slots)
+        step = self._buffers.step[: STEP_SECTIONS * section].view(STEP_SECTIONS, section)
+        step.copy_(pinned(host, step.device), non_blocking=True)
+        return step[0, : num_rows + 1], step[1, :num_rows], step[2, :num_rows]

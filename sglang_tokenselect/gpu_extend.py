@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill on a GPU: the blocks of an extend, planned on the host; their selection in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.gpu_buffers import GpuBuffers
+from sglang_tokenselect.kernels.paged_keys import PagedKeys
+from sglang_tokenselect.kernels.reference.positions import Rope
+from sglang_tokenselect.kernels.reference.prefill import cut_blocks, first_sparse_position
+from sglang_tokenselect.kernels.rotate import rotate
+from sglang_tokenselect.kernels.rows import EVERYTHING
+from sglang_tokenselect.kernels.select_blocks import PrefillBlock, PrefillPlan, plan_prefill, select_blocks
+from sglang_tokenselect.kernels.transfer import int32, to_device
+from sglang_tokenselect.planner import PADDING_ROW, PADDING_SLOT, RequestPlan
+from sglang_tokenselect.runner import LayerInput
+from sglang_tokenselect.slot_lists import SlotLists
+
+if TYPE_CHECKING:
+    from sglang_tokenselect.flashinfer_attention import PrefillAttention
+
+
+@dataclass(frozen=True)
+class _Extend:
+    """An extend: its blocks, and in compact mode where each query is scored ([num_tokens] int32)."""
+
+    plan: PrefillPlan
+    lists: SlotLists
+    positions: torch.Tensor | None
+
+
+class GpuExtend:
+    """Extends of one model, one after the other."""
+
+    def __init__(
+        self,
+        config: TokenSelectConfig,
+        buffers: GpuBuffers,
+        req_to_token: torch.Tensor,
+        attention: PrefillAttention,
+        rope: Rope | None,
+    ) -> None:
+        """For the arguments see GpuRunner."""
+        self._config, self._buffers, self._req_to_token = config, buffers, req_to_token
+        self._attention, self._rope = attention, rope
+        self._extend: _Extend | None = None
+
+    def cut(self, requests: Sequence[RequestPlan]) -> list[PrefillBlock]:
+        """The early part of each request's queries in one piece, then its blocks, in order of the queries."""
+        return [block for request in requests for block in self._cut_request(request)]
+
+    def begin(self, blocks: Sequence[PrefillBlock]) -> None:
+        """Once per extend."""
+        config, buffers, device = self._config, self._buffers, self._req_to_token.device
+        plan = plan_prefill(
+            blocks,
+            buffers.prefill.limits,
+            block=config.block,
+            sub_block=config.sub_block,
+            num_sink=config.sink,
+            num_local=config.local,
+            num_qo_heads=buffers.decode.num_qo_heads,
+            device=device,
+        )
+        rows = int32([block.req_pool_idx for block in blocks])
+        ends = int32([block.end if block.is_dense else 0 for block in blocks])
+        positions = self._score_positions(blocks) if self._rope is not None else int32([])
+        rows, ends, positions = to_device((rows, ends, positions), device)
+        indices = torch.empty(plan.num_slots, dtype=torch.int32, device=device)
+        lists = SlotLists(plan.kv_indptr, plan.kv_indptr_cpu, indices)
+        self._extend = _Extend(plan, lists, positions if self._rope is not None else None)
+        self._attention.plan(plan.qo_indptr_cpu, lists)
+        lists.write_first_slots(self._req_to_token, rows.long(), ends)
+
+    def select(self, query: torch.Tensor, layer: LayerInput) -> None:
+        """Writes what each block attends to in one layer."""
+        config, buffers, extend = self._config, self._buffers, self._extend
+        if extend.positions is not None:
+            scored = torch.empty_like(query)
+            rotate(query, extend.positions, self._rope.cos_sin_cache, out=scored)
+            query = scored
+        select_blocks(
+            query,
+            PagedKeys(layer.key_pool, self._req_to_token),
+            extend.plan,
+            buffers.prefill,
+            buffers.scratch,
+            buffers.means,
+            extend.lists.kv_indices,
+            vote_scale=config.vote_scale,
+            combine=config.combine,
+        )
+
+    def attend(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
+        return self._attention.run(query, (layer.key_pool, layer.value_pool), layer.scaling)
+
+    def warm_up(self, layer: LayerInput) -> None:
+        """Compiles the selection's kernels, which would otherwise keep the first long requests waiting for seconds.
+
+        They come in variants for few and for many blocks; blocks of one query will do.
+
+        Args:
+            layer: any; only the slot is written that belongs to no token.
+        """
+        layer.key_pool[PADDING_SLOT] = 0
+        start = self._config.window.dense_len + 1
+        if start >= self._buffers.prefill.limits.max_seq_len:
+            return  # no request can be long enough to select
+        num_blocks, most = 1, self._buffers.prefill.limits.max_rows
+        while num_blocks <= most:
+            self.begin([PrefillBlock(PADDING_ROW, start, start + 1, i, self._config.budget) for i in range(num_blocks)])
+            shape = (num_blocks, self._buffers.decode.num_qo_heads, layer.key_pool.shape[2])
+            self.select(torch.zeros(shape, dtype=layer.key_pool.dtype, device=layer.key_pool.device), layer)
+            num_blocks *= 2
+
+    def _cut_request(self, request: RequestPlan) -> list[PrefillBlock]:
+        config, start, end = self._config, request.prefix_len, request.seq_len
+        sparse = first_sparse_position(start, end, config.block, config.window)
+        cuts = [(start, sparse, EVERYTHING)] if sparse > start else []
+        cuts += [(lo, hi, config.budget) for lo, hi in cut_blocks(sparse, end, config.block)]
+        return [
+            PrefillBlock(request.req_pool_idx, lo, hi, request.first_query + lo - start, budget)
+            for lo, hi, budget in cuts
+        ]
+
+    def _score_positions(self, blocks: Sequence[PrefillBlock]) -> torch.Tensor:
+        """Where queries are rotated to for scoring: the first of a block next to its local window.
+
+        Those that do not score stay at 0, since the table of positions may be shorter than their request.
+        """
+        positions = []
+        for block in blocks:
+            num_queries = block.end - block.start
+            first = self._config.local
+            positions += [0] * num_queries if block.is_dense else range(first, first + num_queries)
+        return int32(positions)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host-side pieces of GPU serving: rows of a forward, bytes that are told beforehand, what a model's layers share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.gpu_buffers import GpuBuffers, graph_index_slots, reserved_bytes
+from sglang_tokenselect.kernels.reference.positions import Rope
+from sglang_tokenselect.model_shape import ModelShape, common_logit_cap, sliding_layers
+from sglang_tokenselect.patches import forward_rows, kv_budget
+from sglang_tokenselect.patches.rope import common_rope
+from sglang_tokenselect.planner import PADDING_ROW, plan_forward
+from sglang_tokenselect.refusals import Refusal
+
+
+def decode_batch(seq_lens, rows=None):
+    mode = SimpleNamespace(is_decode=lambda: True)
+    indices = None if rows is None else torch.tensor(rows)
+    return SimpleNamespace(forward_mode=mode, seq_lens_cpu=torch.tensor(seq_lens), req_pool_indices=indices)
+
+
+def test_rows_that_were_told_are_those_of_the_plan_and_padding_has_none():
+    plan = plan_forward(decode_batch([9, 5, 1, 1]), rows=[7, 3])
+    assert [request.req_pool_idx for request in plan.requests] == [7, 3, PADDING_ROW, PADDING_ROW]
+    assert [request.seq_len for request in plan.requests] == [9, 5, 1, 1]
+
+
+def test_rows_that_were_not_told_come_from_the_batch():
+    assert [request.req_pool_idx for request in plan_forward(decode_batch([9, 5], rows=[4, 2])).requests] == [4, 2]
+
+
+def test_the_hook_tells_the_backend_that_listens():
+    told = []
+    batch = SimpleNamespace(req_pool_indices_cpu=torch.tensor([5, 6]))
+    for backend in (SimpleNamespace(stage_rows=told.append), SimpleNamespace()):
+        forward_rows._stage_rows(None, object, batch, SimpleNamespace(attn_backend=backend))
+    assert told == [[5, 6]]
+
+
+MODEL = SimpleNamespace(
+    get_num_attention_heads=lambda tp_size: 8,
+    get_num_kv_heads=lambda tp_size: 2,
+    head_dim=64,
+    context_len=30_000,
+    num_hidden_layers=3,
+)
+
+
+def server_args(**changes):
+    graphs = SimpleNamespace(decode=SimpleNamespace(max_bs=16))
+    given = {"attention_backend": "tokenselect", "max_running_requests": 32, "cuda_graph_config": graphs}
+    return SimpleNamespace(**{**given, **changes})
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "compact"}, {"dense_layers": (1,)}], ids=str)
+def test_the_kv_pool_leaves_room_for_what_is_allocated(options):
+    config, dtype = TokenSelectConfig(**options), torch.bfloat16
+    shape = ModelShape.of(MODEL, dtype, MODEL.num_hidden_layers)
+    least = GpuBuffers.allocate(config, shape, 32, "meta").total_bytes
+    least += 4 * graph_index_slots(config, 16, MODEL.context_len)
+    told = reserved_bytes(config, MODEL, dtype, server_args())
+    assert told == least if config.is_compact else told > least
+    args = server_args(_tokenselect=config.to_options())
+    configurator = SimpleNamespace(server_args=args, device="cuda", model_config=MODEL, kv_cache_dtype=dtype)
+    assert kv_budget._leave_room(10**12, configurator) == 10**12 - told
+    with pytest.raises(Refusal, match="GPU memory: expected more than the .* bytes of the selection"):
+        kv_budget._leave_room(told, configurator)
+
+
+def test_other_backends_keep_their_pool():
+    configurator = SimpleNamespace(server_args=server_args(attention_backend="triton"), device="cuda")
+    assert kv_budget._leave_room(5, configurator) is None
+
+
+def layer(layer_id, **changes):
+    given = {"sliding_window_size": -1, "logit_cap": 0.0, "logit_capping_method": "tanh"}
+    return SimpleNamespace(layer_id=layer_id, **{**given, **changes})
+
+
+def test_layers_with_a_window_and_a_cap():
+    assert sliding_layers([layer(0), layer(1, sliding_window_size=64)]) == {1}
+    assert common_logit_cap([layer(0, logit_cap=30.0), layer(1, logit_cap=30.0)]) == 30.0
+    with pytest.raises(Refusal, match="one logit cap for all layers"):
+        common_logit_cap([layer(0, logit_cap=30.0), layer(1)])
+    with pytest.raises(Refusal, match="logits capped by tanh"):
+        common_logit_cap([layer(0, logit_cap=30.0, logit_capping_method="rpn")])
+
+
+def test_layers_must_share_a_rope_that_the_kernels_know():
+    rope = Rope.from_theta(1e4, 64, 128)
+    shared = common_rope({0: rope, 1: rope}, head_dim=64)
+    assert shared.theta == 1e4 and shared.cos_sin_cache.dtype == torch.float32
+    with pytest.raises(Refusal, match="one RoPE for all layers"):
+        common_rope({0: rope, 1: Rope.from_theta(2e4, 64, 128)}, head_dim=64)
+    with pytest.raises(Refusal, match="a RoPE of all 128 dimensions, in halves"):
+        common_rope({0: rope}, head_dim=128)
+    with pytest.raises(Refusal, match="is_neox_style=False"):
+        common_rope({0: replace(rope, is_neox_style=False)}, head_dim=64)
