@@ -13,6 +13,8 @@ from layers import DTYPE, HEAD_DIM, WINDOW, Shape
 from timing import time_eager, time_layers
 
 from sglang_tokenselect.flashinfer_attention import AttentionSpec, DecodeAttention, PrefillAttention
+from sglang_tokenselect.gpu_buffers import INT_WORKSPACE_BYTES
+from sglang_tokenselect.model_shape import ModelShape
 from sglang_tokenselect.slot_lists import SlotLists
 
 SHAPES = [Shape(1, 131_072), Shape(8, 32_768)]
@@ -29,7 +31,8 @@ def _lists(num_lists: int, length: int, num_slots: int) -> SlotLists:
 
 
 def _spec(shape: Shape, rope_theta: float | None) -> AttentionSpec:
-    return AttentionSpec(shape.num_qo_heads, shape.num_kv_heads, HEAD_DIM, DTYPE, rope_theta=rope_theta)
+    model = ModelShape(1, shape.num_qo_heads, shape.num_kv_heads, HEAD_DIM, DTYPE, shape.context)
+    return AttentionSpec(model, rope_theta=rope_theta)
 
 
 def measure(shape: Shape) -> list[dict[str, object]]:
@@ -47,7 +50,7 @@ def _measure_decode(shape: Shape, pools: torch.Tensor) -> list[dict[str, object]
     for name, theta in (("absolute", None), ("compact, rotated by FlashInfer", THETA)):
         attentions = []
         for item in lists:
-            int_workspace = torch.empty(8 * 2**20, dtype=torch.uint8, device="cuda")
+            int_workspace = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
             attention = DecodeAttention(_spec(shape, theta), workspace, int_workspace, shape.requests)
             attention.plan_capture(item)
             attentions.append(attention)

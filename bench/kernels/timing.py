@@ -69,7 +69,7 @@ def copy_bandwidth(num_bytes: int = 4 * 10**9) -> float:
 
 
 def machine() -> dict[str, str]:
-    """What the numbers depend on; the commit comes from BENCH_COMMIT where there is no repository."""
+    """What the numbers depend on."""
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -77,7 +77,7 @@ def machine() -> dict[str, str]:
         "triton": _version("triton"),
         "flashinfer": _version("flashinfer"),
         "sgl_kernel": _version("sgl_kernel"),
-        "commit": os.environ.get("BENCH_COMMIT") or _commit(),
+        "commit": commit(),
     }
 
 
@@ -136,6 +136,9 @@ def _version(module: str) -> str:
         return "missing"
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the checkout, or BENCH_COMMIT where there is no repository."""
+    if named := os.environ.get("BENCH_COMMIT"):
+        return named
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return git.stdout.strip() or "unknown"

@@ -15,13 +15,13 @@ import argparse
 import csv
 import os
 import random
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from bench.kernels.timing import commit
 from sglang_tokenselect.demo_questions import token_counter
 from sglang_tokenselect.needle import checkpoint_path, tasks
 from sglang_tokenselect.needle_server import needle_server
@@ -102,7 +102,6 @@ def attended(before: dict[str, int], after: dict[str, int]) -> int:
 
 
 def setting(device: str) -> dict[str, str]:
-    commit = os.environ.get("BENCH_COMMIT") or _head()
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     machine = f"{os.cpu_count()} x {models[0].split(':')[1].strip()}"
     if device == "cuda":
@@ -110,16 +109,11 @@ def setting(device: str) -> dict[str, str]:
 
         machine = torch.cuda.get_device_name()
     return {
-        "commit": commit,
+        "commit": commit(),
         "machine": machine,
         "sglang": version("sglang"),
         "torch": version("torch"),
     }
-
-
-def _head() -> str:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    return git.stdout.strip()
 
 
 def show(rows: list[dict[str, str]]) -> None:

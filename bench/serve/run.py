@@ -86,8 +86,8 @@ class Report:
 class Client:
     """Cells of one server. The first tokens of all requests that were alone are kept, by their context."""
 
-    def __init__(self, server: ServerProcess, counts: bool, new_tokens: int) -> None:
-        self._server, self._counts, self._new_tokens = server, counts, new_tokens
+    def __init__(self, server: ServerProcess, counts: bool) -> None:
+        self._server, self._counts = server, counts
         self._ttfts: dict[int, list[float]] = defaultdict(list)
 
     def warm_up(self) -> None:
@@ -98,7 +98,7 @@ class Client:
     def itl(self, batch: int, context: int) -> dict[str, object]:
         self._flush()
         before = self._counters()
-        answers = self._ask(batch, context, self._new_tokens)
+        answers = self._ask(batch, context, NEW_TOKENS)
         after = self._counters()
         if batch == 1:
             self._ttfts[context].append(answers[0].ttft)
@@ -142,7 +142,7 @@ def measure_server(name: str, model: Path, options: argparse.Namespace, report: 
     itl_cells, ttft_contexts = plan_of(name, options.itl, options.ttft, options.quick)
     with ServerProcess(model, *FLAGS, *flags, backend=backend) as server:
         report.say(f"{name} is ready")
-        client = Client(server, name != DENSE, options.new_tokens)
+        client = Client(server, name != DENSE)
         client.warm_up()
         report.say(f"{name} is warm")
         failed = report.failed
@@ -186,7 +186,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--itl", nargs="+", type=parse_cell, metavar="REQUESTSxTOKENS", help="these cells only")
     parser.add_argument("--ttft", nargs="+", type=int, metavar="TOKENS", help="these contexts only")
     parser.add_argument("--quick", action="store_true", help="a few small cells, to see that everything works")
-    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="of each request (default: %(default)s)")
     return parser.parse_args(arguments)
 
 

@@ -21,7 +21,7 @@ SMALL = {
 
 
 def write_model(folder: Path, architecture: str, **config: Any) -> Path:
-    """A random model of "Llama", "Qwen2" or "Qwen3" architecture, seeded, in float32."""
+    """A random model of a causal LM of transformers, such as "Llama" or "Qwen3", seeded, in float32."""
     import torch
     import transformers
 

@@ -182,7 +182,8 @@ def test_cells_of_one_request_are_samples_of_ttft_too(monkeypatch):
         return [answer(0.25, 0.005, new_tokens) for _ in prompts]
 
     monkeypatch.setattr(run, "ask", ask)
-    measured = run.Client(FakeServer(), counts=True, new_tokens=NEW_TOKENS)
+    monkeypatch.setattr(run, "NEW_TOKENS", NEW_TOKENS)
+    measured = run.Client(FakeServer(), counts=True)
     assert measured.itl(1, 131072) == {
         "median": "5.0000",
         "p20": "5.0000",
