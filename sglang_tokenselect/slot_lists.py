@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sglang.kernels.ops.kvcache.kv_indices import create_flashinfer_kv_indices_triton
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class SlotLists:
             rows: [num_lists] int64, row of `req_to_token` of each list.
             lengths: [num_lists] int32.
         """
+        from sglang.kernels.ops.kvcache.kv_indices import create_flashinfer_kv_indices_triton  # not in 0.5.23
+
         create_flashinfer_kv_indices_triton[(len(self),)](
             req_to_token, rows, lengths, self.kv_indptr, None, self.kv_indices, req_to_token.stride(0)
         )
