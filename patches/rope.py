@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sglang_tokenselect.kernels.reference.positions import Rope
+from sglang_tokenselect.model_shape import attention_layers
 from sglang_tokenselect.refusals import Refusal
 
 # Attention modules' switches for kernels that rotate keys and write them to the pool themselves.
@@ -41,7 +42,7 @@ def take_over_rope(model: nn.Module) -> dict[int, Rope]:
     """
     from sglang.srt.layers.radix_attention import RadixAttention
 
-    layer_ids = {module.layer_id for module in model.modules() if isinstance(module, RadixAttention)}
+    layer_ids = {layer.layer_id for layer in attention_layers(model)}
     parents = {
         module.attn.layer_id: module
         for module in model.modules()

@@ -114,34 +114,11 @@ class TokenSelectAttnBackend(AttentionBackend):
             [num_tokens, num_qo_heads * head_dim].
         """
         if self._runner.delegates(layer.layer_id):
-            return self._runner.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
-
-    def forward_extend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-    ) -> torch.Tensor:
-        """As `forward_decode`, for the new tokens of an extend."""
-        if self._runner.delegates(layer.layer_id):
-            return self._runner.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
-
-    def _attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool,
-    ) -> torch.Tensor:
+            return self._runner.dense.forward(q, k, v, layer, forward_batch, save_kv_cache)
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
         layer_input = LayerInput.of_pool(self.token_to_kv_pool, layer.layer_id, layer.scaling, layer.logit_cap)
         query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         return self._runner.run(query, layer_input).flatten(1)
+
+    forward_extend = forward_decode

@@ -15,6 +15,7 @@ from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.kernels.block_plan import BlockScratch, count_rows_per_block
 from sglang_tokenselect.kernels.rows import SelectionRows
 from sglang_tokenselect.kernels.selection_cache import SelectionCaches
+from sglang_tokenselect.kernels.transfer import ALIGNMENT
 from sglang_tokenselect.kernels.workspace import DecodeWorkspace, Workspace, WorkspaceLimits, nbytes
 from sglang_tokenselect.model_shape import ModelShape
 
@@ -33,6 +34,9 @@ PREFILL_BLOCKS = 128
 MOST_RUNNING_REQUESTS = 4096
 """What SGLang clamps --max-running-requests to when it is not given."""
 
+STEP_SECTIONS = 3
+"""What changes from one decode step to the next: kv_indptr, budgets, cache slots."""
+
 INT_WORKSPACE_BYTES = 8 * 2**20
 """What FlashInfer plans into; the size that its wrappers allocate themselves."""
 
@@ -45,7 +49,7 @@ class GpuBuffers:
         caches: selection cache of all layers that select.
         decode, rows: scratch of decode selection.
         prefill, scratch, means: scratch of prefill selection.
-        step: int32, what changes from one decode step to the next (GpuDecode).
+        step: int32, STEP_SECTIONS one after the other, each begun where it is aligned.
         rotated: [max_rows, num_qo_heads, head_dim], decode queries rotated for scoring; empty in absolute mode.
         int_workspace: for the plans of all FlashInfer wrappers of decode, which take turns.
     """
@@ -84,7 +88,7 @@ class GpuBuffers:
             prefill=Workspace(limits(PREFILL_BLOCKS, PREFILL_CANDIDATES), device),
             scratch=BlockScratch.allocate(num_means, heads, device),
             means=torch.empty(num_means, heads, head_dim, dtype=shape.dtype, device=device),
-            step=torch.zeros(3 * (max_rows + 4), dtype=torch.int32, device=device),
+            step=torch.zeros(STEP_SECTIONS * (max_rows + ALIGNMENT), dtype=torch.int32, device=device),
             rotated=torch.empty(
                 max_rows if config.is_compact else 0, heads, head_dim, dtype=shape.dtype, device=device
             ),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_tokenselect.config import TokenSelectConfig
-from sglang_tokenselect.gpu_buffers import GpuBuffers, graph_index_slots
+from sglang_tokenselect.gpu_buffers import STEP_SECTIONS, GpuBuffers, graph_index_slots
 from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.kernels.rotate import rotate
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from sglang_tokenselect.flashinfer_attention import DecodeAttention
-
-STEP_SECTIONS = 3
-"""What changes from step to step: kv_indptr, budgets, cache slots."""
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,8 @@ class GpuRunner(Runner):
         return max(seq_lens, default=0) > self._config.window.dense_len
 
     def fits_graph(self, seq_lens: Sequence[int]) -> bool:
-        """A graph selects in one part."""
-        return self._decode.count_parts(seq_lens) == 1
+        """A graph selects in one part, if it does."""
+        return not self.decode_selects(seq_lens) or self._decode.count_parts(seq_lens) == 1
 
     def delegates(self, layer_id: int) -> bool:
         return self._delegated or layer_id not in self._layer_ids

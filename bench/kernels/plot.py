@@ -119,13 +119,16 @@ def _top(crowd: Sequence[float], gap: float) -> float:
     return _bottom(crowd, gap) + (len(crowd) - 1) * gap
 
 
-def label_ends(axes: Axes, series: dict[str, list[Point]], styles: dict[str, tuple[str, str]]) -> None:
-    """Names at the right edge, each led to the end of its line."""
-    ends = {name: (points[-1].context, points[-1].median_us) for name, points in series.items()}
-    pixels = [axes.transData.transform(end)[1] for end in ends.values()]
+def label_ends(axes: Axes, ends: Sequence[tuple[str, tuple[float, float], str]]) -> None:
+    """Names at the right edge, each led to the end of its line.
+
+    Args:
+        ends: name, last point and color of each line.
+    """
+    pixels = [axes.transData.transform(end)[1] for _, end, _ in ends]
     gap = LABEL_GAP * LABEL_POINTS * axes.figure.dpi / 72
     to_axes = axes.transAxes.inverted()
-    for (name, end), height in zip(ends.items(), spread(pixels, gap), strict=True):
+    for (name, end, color), height in zip(ends, spread(pixels, gap), strict=True):
         axes.annotate(
             name,
             xy=end,
@@ -135,7 +138,7 @@ def label_ends(axes: Axes, series: dict[str, list[Point]], styles: dict[str, tup
             va="center",
             fontsize=LABEL_POINTS,
             color=INK,
-            arrowprops={"arrowstyle": "-", "linestyle": ":", "color": styles[name][0], "shrinkA": 2, "shrinkB": 4},
+            arrowprops={"arrowstyle": "-", "linestyle": ":", "color": color, "shrinkA": 2, "shrinkB": 4},
         )
 
 
@@ -159,7 +162,8 @@ def draw(comments: dict[str, str], panels: Panels) -> Figure:
     figure.suptitle(f"{title}\n{wrapped}", x=0.01, ha="left", fontsize=10, color=INK)
     figure.canvas.draw()  # the labels' places depend on the final scales
     for axes, (panel, series) in zip(rows[0], panels.items(), strict=True):
-        label_ends(axes, {name: points for name, points in series.items() if last_panel[name] == panel}, styles)
+        shown = {name: points[-1] for name, points in series.items() if last_panel[name] == panel}
+        label_ends(axes, [(name, (end.context, end.median_us), styles[name][0]) for name, end in shown.items()])
     return figure
 
 

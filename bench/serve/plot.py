@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, this file sees its own folder only
 
-from bench.kernels.plot import INK, LABEL_GAP, LABEL_POINTS, STYLES, save, spread, token_label
+from bench.kernels.plot import INK, STYLES, label_ends, save, token_label
 from bench.serve.cells import DENSE
 from bench.serve.results import Measured, Results, read_results
 
@@ -94,24 +94,10 @@ def use_log_seconds(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def label_ends(axes: Axes, lines: list[Line]) -> None:
-    """Names at the right edge, each led to the end of its line."""
-    ends = [(context, measured.median) for context, measured in (list(line.points.items())[-1] for line in lines)]
-    gap = LABEL_GAP * LABEL_POINTS * axes.figure.dpi / 72
-    heights = spread([axes.transData.transform(end)[1] for end in ends], gap)
-    to_axes = axes.transAxes.inverted()
-    for line, end, height in zip(lines, ends, heights, strict=True):
-        axes.annotate(
-            line.label,
-            xy=end,
-            xytext=(1.05, to_axes.transform((0, height))[1]),
-            textcoords="axes fraction",
-            annotation_clip=False,
-            va="center",
-            fontsize=LABEL_POINTS,
-            color=INK,
-            arrowprops={"arrowstyle": "-", "linestyle": ":", "color": line.color, "shrinkA": 2, "shrinkB": 4},
-        )
+def end_of(line: Line) -> tuple[str, tuple[float, float], str]:
+    """For label_ends."""
+    context, measured = list(line.points.items())[-1]
+    return line.label, (context, measured.median), line.color
 
 
 def draw(comments: dict[str, str], results: Results) -> Figure:
@@ -131,7 +117,7 @@ def draw(comments: dict[str, str], results: Results) -> Figure:
     figure.suptitle(f"{title}\n{machine}", x=0.01, ha="left", fontsize=10, color=INK)
     figure.canvas.draw()  # the labels' places depend on the final scales
     for axes, lines in panels:
-        label_ends(axes, lines)
+        label_ends(axes, [end_of(line) for line in lines])
     return figure
 
 

@@ -103,7 +103,7 @@ def test_neighbours_chunks_graphs_and_the_way_not_to_reuse_change_nothing(llama,
 
 def test_nor_do_they_change_answers_about_long_texts():
     """In compact positions and with a model that was trained: with random weights, the members at the margin of a
-    selection would weigh as much as others there, and rounding would turn every fifth answer."""
+    selection would weigh as much as others there, and rounding would turn many answers."""
     samples = [sample for seed in range(3) for sample in samples_of(8192, seed, token_counter(checkpoint_path()))]
 
     def answers(*flags: str, concurrency: int) -> list[str]:
