@@ -7,7 +7,10 @@ On a GPU with FlashInfer, eager and in CUDA graphs; without one in Triton's inte
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from sglang_tokenselect import gpu_buffers
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.gpu_buffers import GpuBuffers
 from sglang_tokenselect.gpu_runner import GpuRunner
+from sglang_tokenselect.kernels.reference import prefill
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.model_shape import ModelShape
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
@@ -34,19 +38,29 @@ ROPE_THETA = 1e4
 DTYPE = torch.bfloat16 if HAS_CUDA else torch.float16
 # Logits are spread, so that the members at the margin of a selection weigh little and are seldom near-ties.
 QUERY_SPREAD = 3.0
-# Of what attends to everything, and of what selects.
-DENSE_TOLERANCE = 0.03 if HAS_CUDA else 0.003
-TOLERANCE = 0.04 if HAS_CUDA else 0.005
+TOLERANCE = 0.04 if HAS_CUDA else 0.003
 
 
-def near_ties(config: TokenSelectConfig) -> float:
-    """Share of queries whose selection half precision may turn at its margin, as the laws allow.
+NEAR_TIES = 0.02
+"""Share of queries whose selection may turn at its margin, where the order of a sum's terms decides."""
 
-    In compact positions the vote's logits are not the attention's, so members at the margin weigh as others do.
-    """
-    if HAS_CUDA:
-        return 0.1
-    return 0.05 if config.is_compact else 0.02
+
+@dataclass(frozen=True)
+class RoundingRope(Rope):
+    """Rounds what it rotates as the GPU does, in whatever dtype it is handed on."""
+
+    stored: torch.dtype = DTYPE
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return super().rotate(x, positions).to(self.stored).to(x.dtype)
+
+
+@contextmanager
+def rounded_means(dtype: torch.dtype):
+    """Mean queries of the reference as a GPU stores them. Left exact, other members would win many near-ties."""
+    exact = prefill.mean_queries
+    with mock.patch.object(prefill, "mean_queries", lambda *args: exact(*args).to(dtype).float()):
+        yield
 
 
 class Pair:
@@ -66,8 +80,10 @@ class Pair:
         self.req_to_token = torch.zeros(NUM_ROWS + 1, self.max_len, dtype=torch.int32, device=DEVICE)
         self.req_to_token[1:] = order.view(NUM_ROWS, self.max_len).int()
         self.pools[:, :, 0] = 0  # where SGLang writes the tokens that pad a graph
-        rope = Rope.from_theta(ROPE_THETA, head_dim, self.max_len) if self.config.is_compact else None
-        rope = rope and Rope(rope.cos_sin_cache.to(DEVICE), theta=rope.theta)
+        rope = None
+        if self.config.is_compact:
+            table = Rope.from_theta(ROPE_THETA, head_dim, self.max_len).cos_sin_cache
+            rope = RoundingRope(table.to(DEVICE), theta=ROPE_THETA, stored=dtype)
         self.expected = TorchRunner(self.config, self.req_to_token, dict.fromkeys(LAYERS, rope) if rope else {})
         self.actual = self._make_gpu_runner(rope, **(delegate or {}))
 
@@ -99,7 +115,8 @@ class Pair:
         """What TorchRunner answers in float32: [num_layers, num_tokens, num_qo_heads, head_dim]."""
         pools = self.pools.float()
         self.expected.begin(plan)
-        return torch.stack([self.expected.run(q.float(), self.layer(i, pools)) for i, q in enumerate(queries)])
+        with rounded_means(self.dtype):
+            return torch.stack([self.expected.run(q.float(), self.layer(i, pools)) for i, q in enumerate(queries)])
 
     def run_layers(self, queries: torch.Tensor) -> torch.Tensor:
         return torch.stack([self.actual.run(q, self.layer(i, self.pools)) for i, q in enumerate(queries)])
@@ -261,11 +278,11 @@ class Traffic:
         return start > config.window.dense_len
 
     def check(self) -> None:
-        assert max(self.dense_errors, default=0) < DENSE_TOLERANCE
+        assert max(self.dense_errors, default=0) < TOLERANCE
         for is_decode, errors in self.errors.items():
             wrong = sum(error > TOLERANCE for error in errors)
-            allowed = near_ties(self.pair.config) * len(errors)
-            assert wrong <= allowed, f"is_decode={is_decode}: {wrong} of {len(errors)}"
+            print(f"is_decode={is_decode}: {wrong} of {len(errors)} queries, dense {max(self.dense_errors):.4f}")
+            assert wrong <= NEAR_TIES * len(errors), f"is_decode={is_decode}: {wrong} of {len(errors)}"
 
 
 def run_traffic(pair: Pair, *, graphs: bool = False, seed: int = 0) -> None:
@@ -457,7 +474,6 @@ def test_graphs_that_are_captured_again():
 
 @NEEDS_CUDA
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
-def test_the_runners_agree_on_larger_requests(graphs):
-    """In absolute positions only: in compact ones the vote's logits are not the attention's, so members at the margin
-    weigh as much as others, and mean queries in half precision choose others for many of these blocks."""
-    run_traffic(Pair(scale=LARGER), graphs=graphs)
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_the_runners_agree_on_larger_requests(positions, graphs):
+    run_traffic(Pair(positions=positions, scale=LARGER), graphs=graphs)
