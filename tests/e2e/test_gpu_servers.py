@@ -111,7 +111,7 @@ def test_nor_do_they_change_answers_about_long_texts():
             texts = list(pool.map(lambda sample: answer(server, sample), samples))
             assert server.counters()["votes"] > 0 and server.counters()["reuses"] == 0
         # The numbers of one name are equally near to the question, so rounding decides which comes first.
-        return [sorted(text.split(", ")) for text in texts]
+        return [sorted(text.strip().split(", ")) for text in texts]
 
     alone = answers("--chunked-prefill-size", "4096", *ALONE, concurrency=1)
     crowded = answers("--chunked-prefill-size", "512", *CROWDED, concurrency=16)
