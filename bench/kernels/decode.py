@@ -6,11 +6,11 @@ from __future__ import annotations
 import functools
 
 import torch
-from layers import WINDOW, DecodeLayers, Shape
-from peers import flashinfer_decode
-from per_head import per_head_select
-from timing import Timing, time_layers
 
+from bench.kernels.layers import WINDOW, DecodeLayers, Shape
+from bench.kernels.peers import flashinfer_decode
+from bench.kernels.per_head import per_head_select
+from bench.kernels.timing import Timing, time_layers
 from sglang_tokenselect.kernels.decode_score import score_decode
 from sglang_tokenselect.kernels.selection_cache import begin_decode
 from sglang_tokenselect.kernels.vote import vote

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from sglang_tokenselect.kernels.emit import emit  # noqa: E402
-from sglang_tokenselect.kernels.paged_keys import PagedKeys  # noqa: E402
-from sglang_tokenselect.kernels.reference.vote import soft_vote  # noqa: E402
-from sglang_tokenselect.kernels.reference.window import Window  # noqa: E402
-from sglang_tokenselect.kernels.rows import SelectionRows  # noqa: E402
-from sglang_tokenselect.kernels.select_decode import select_decode  # noqa: E402
-from sglang_tokenselect.kernels.selection_cache import DecodeBatch, SelectionCache  # noqa: E402
-from sglang_tokenselect.kernels.workspace import DecodeWorkspace, WorkspaceLimits  # noqa: E402
+from sglang_tokenselect.kernels.emit import emit
+from sglang_tokenselect.kernels.paged_keys import PagedKeys
+from sglang_tokenselect.kernels.reference.vote import soft_vote
+from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.kernels.rows import SelectionRows
+from sglang_tokenselect.kernels.select_decode import select_decode
+from sglang_tokenselect.kernels.selection_cache import DecodeBatch, SelectionCache
+from sglang_tokenselect.kernels.workspace import DecodeWorkspace, WorkspaceLimits
 
 WINDOW = Window(num_sink=128, budget=2048, num_local=512)
 HEAD_DIM = 128

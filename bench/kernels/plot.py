@@ -10,8 +10,8 @@ problem come from the file's comment lines ``# gpu: ...`` and ``# setting: ...``
 from __future__ import annotations
 
 import argparse
-import csv
 import io
+import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,6 +26,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, this file sees its own folder only
+
+from bench.result_file import read_csv
 
 # Okabe and Ito's colours that carry on white; markers tell the series apart without them.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#000000", "v"), ("#E69F00", "P"))
@@ -56,17 +60,16 @@ def panel_title(row: dict[str, str]) -> str:
 
 
 def read_results(path: Path, figure: str) -> tuple[dict[str, str], Panels]:
-    """Comment lines ``# name: value`` as a dict, and the rows of ``figure``."""
-    lines = path.read_text().splitlines()
-    comments = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
+    """The file's comment lines, and the rows of ``figure``."""
+    about, rows = read_csv(path)
     panels: Panels = defaultdict(lambda: defaultdict(list))
-    for row in csv.DictReader(line for line in lines if not line.startswith("#")):
+    for row in rows:
         if row["figure"] == figure:
             point = Point(int(row["context"]), *(float(row[name]) for name in ("median_us", "p20_us", "p80_us")))
             panels[panel_title(row)][row["series"]].append(point)
     if not panels:
         raise SystemExit(f"{path} has no row whose figure is {figure!r}")
-    return comments, panels
+    return about, panels
 
 
 def token_label(tokens: float, _position: int | None = None) -> str:

@@ -8,10 +8,10 @@ gathers alone are timed, without a rotation. They are also measured in memory: `
 from __future__ import annotations
 
 import torch
-from decode import row
-from layers import DTYPE, HEAD_DIM, WINDOW, Shape
-from timing import time_eager, time_layers
 
+from bench.kernels.decode import row
+from bench.kernels.layers import DTYPE, HEAD_DIM, WINDOW, Shape
+from bench.kernels.timing import time_eager, time_layers
 from sglang_tokenselect.flashinfer_attention import AttentionSpec, DecodeAttention, PrefillAttention
 from sglang_tokenselect.gpu_buffers import INT_WORKSPACE_BYTES
 from sglang_tokenselect.model_shape import ModelShape

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import torch
-from decode import row
-from layers import DTYPE, HEAD_DIM, WINDOW, Layer, Shape, check_votes
-from peers import flashinfer_prefill
-from timing import time_eager
 
+from bench.kernels.decode import row
+from bench.kernels.layers import DTYPE, HEAD_DIM, WINDOW, Layer, Shape, check_votes
+from bench.kernels.peers import flashinfer_prefill
+from bench.kernels.timing import time_eager
 from sglang_tokenselect.kernels.block_plan import BlockScratch, count_rows_per_block
 from sglang_tokenselect.kernels.reference.prefill import mean_queries
 from sglang_tokenselect.kernels.select_blocks import PrefillBlock, PrefillPlan, plan_prefill, select_blocks

@@ -7,13 +7,15 @@ import gc
 import sys
 import time
 import traceback
+from pathlib import Path
 
-import decode
-import positions
-import prefill
-import topk
 import torch
-from timing import copy_bandwidth, machine, write_csv
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, this file sees its own folder only
+
+from bench.kernels import decode, positions, prefill, topk
+from bench.kernels.timing import copy_bandwidth, machine
+from bench.result_file import write_csv
 
 
 def main(path: str, sections: list[str]) -> None:

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device time of kernels: cold L2, median and spread, and a file that says where and how it was measured."""
+"""Device time of kernels: cold L2, median and spread, and the machine that it was measured on."""
 
 from __future__ import annotations
 
-import csv
 import functools
 import importlib
 import os
-import statistics
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from bench.result_file import spread
 
 Step = Callable[[], object]
 
@@ -31,8 +30,7 @@ class Timing:
 
     @classmethod
     def of(cls, microseconds: Sequence[float]) -> Timing:
-        deciles = statistics.quantiles(microseconds, n=10, method="inclusive")
-        return cls(median_us=deciles[4], p20_us=deciles[1], p80_us=deciles[7])
+        return cls(*spread(microseconds))
 
 
 def time_layers(steps: Sequence[Step], *, replays: int = 20, flush: bool = True) -> Timing:
@@ -79,21 +77,6 @@ def machine() -> dict[str, str]:
         "sgl_kernel": _version("sgl_kernel"),
         "commit": commit(),
     }
-
-
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, object]], machine: Mapping[str, str], command: str) -> None:
-    """Rows under comment lines ``# name: value`` with the machine and the command that repeats them.
-
-    Columns are those of all rows, in the order in which they first appear.
-    """
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {name}: {value}\n" for name, value in {**machine, "command": command}.items())
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _warm_up(steps: Iterable[Step]) -> None:

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import torch
-from decode import row
-from layers import WINDOW, DecodeLayers, Shape
-from peers import flashinfer_topk, flashinfer_topk_page_table, sgl_fast_topk, torch_topk
-from timing import time_layers
 
+from bench.kernels.decode import row
+from bench.kernels.layers import WINDOW, DecodeLayers, Shape
+from bench.kernels.peers import flashinfer_topk, flashinfer_topk_page_table, sgl_fast_topk, torch_topk
+from bench.kernels.timing import time_layers
 from sglang_tokenselect.kernels.vote import take_scores
 
 SHAPES = [Shape(1, 32_768), Shape(1, 131_072), Shape(8, 131_072), Shape(32, 32_768), Shape(1, 1_048_576)]

@@ -64,9 +64,3 @@ def _gaps_within(answer: Answer, begin: float, end: float) -> list[tuple[float, 
         if begin <= arrival <= end
     ]
     return [(later - earlier, after - before) for (earlier, before), (later, after) in pairwise(chunks)]
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile."""
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return deciles[4], deciles[1], deciles[7]

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from bench.result_file import read_csv
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,18 @@ Results = dict[str, dict[tuple[int, int], dict[str, Measured | None]]]
 
 
 def read_results(paths: Sequence[Path]) -> tuple[dict[str, str], Results]:
-    """Comment lines ``# name: value`` as a dict, and the rows, in order of requests and tokens."""
-    comments: dict[str, str] = {}
+    """The files' comment lines, the later ones prevailing, and their rows in order of requests and tokens."""
+    about: dict[str, str] = {}
     rows: list[dict[str, str]] = []
     for path in paths:
-        lines = path.read_text().splitlines()
-        comments |= dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
-        rows += csv.DictReader(line for line in lines if not line.startswith("#"))
+        more, found = read_csv(path)
+        about |= more
+        rows += found
     results: Results = {}
     for row in sorted(rows, key=lambda row: (int(row["batch"]), int(row["context"]))):
         cells = results.setdefault(row["metric"], {})
         cells.setdefault((int(row["batch"]), int(row["context"])), {})[row["server"]] = _measured(row)
-    return comments, results
+    return about, results
 
 
 def _measured(row: dict[str, str]) -> Measured | None:

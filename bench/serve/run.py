@@ -34,7 +34,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, this file sees its own folder only
 
-from bench.kernels.timing import machine, write_csv
+from bench.kernels.timing import machine
+from bench.result_file import spread, write_csv
 from bench.serve.cells import (
     DENSE,
     FLAGS,
@@ -48,7 +49,7 @@ from bench.serve.cells import (
     write_model,
 )
 from bench.serve.client import Answer, ask, prompts
-from bench.serve.gaps import common_gaps, spread
+from bench.serve.gaps import common_gaps
 from sglang_tokenselect.server_process import ServerProcess
 
 WARM_UP_TOKENS = 16

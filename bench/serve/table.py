@@ -43,9 +43,13 @@ def itl_table(cells: Cells) -> list[str]:
 
 
 def tables(results: Results) -> str:
-    lines = ["TTFT, seconds: median", "", *ttft_table(results.get("TTFT s", {})), ""]
-    lines += ["ITL, milliseconds: median (x dense)", "", *itl_table(results.get("ITL ms", {}))]
-    return "\n".join(lines)
+    """Those of the metrics that were measured."""
+    tables_of = {
+        "TTFT s": ("TTFT, seconds: median", ttft_table),
+        "ITL ms": ("ITL, milliseconds: median (x dense)", itl_table),
+    }
+    found = [(title, lines_of(results[metric])) for metric, (title, lines_of) in tables_of.items() if metric in results]
+    return "\n\n".join("\n".join([title, "", *lines]) for title, lines in found)
 
 
 def _servers(cells: Cells) -> list[str]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 import json
 import threading
 from itertools import pairwise
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import result_file
 from bench.serve import cells, client, gaps, results, run, table
 from bench.serve.client import Answer
 
@@ -63,7 +63,7 @@ def test_many_merged_chunks_give_no_number():
 
 
 def test_spread_is_median_and_percentiles():
-    assert gaps.spread([float(i) for i in range(101)]) == (50.0, 20.0, 80.0)
+    assert result_file.spread([float(i) for i in range(101)]) == (50.0, 20.0, 80.0)
 
 
 def test_an_answer_is_its_arrivals_and_token_counts():
@@ -225,9 +225,8 @@ ROWS = {
 def test_a_failed_cell_is_a_row_without_numbers(tmp_path, capsys):
     path = tmp_path / "out.csv"
     report = written(path, ROWS, capsys)
-    lines = path.read_text().splitlines()
-    assert lines[0] == "# gpu: none" and lines[1].startswith("# command: python ")
-    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    about, rows = result_file.read_csv(path)
+    assert about["gpu"] == "none" and about["command"].startswith("python ")
     columns = "server metric batch context median p20 p80 samples votes reuses note"
     assert " ".join(rows[0]) == columns
     assert [row["median"] for row in rows] == ["12.0", "5.0", "0.2", "", "6.0", "0.1"]
@@ -252,3 +251,4 @@ def test_tables_set_servers_beside_dense(tmp_path, capsys):
         "| 1 x 1,024 | 5.00 |  |  |",
         "| 8 x 32,768 | 12.00 | failed | 6.00 (0.50) |",
     ]
+    assert "ITL" not in table.tables({"TTFT s": found["TTFT s"]})
