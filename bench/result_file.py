@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import statistics
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +15,14 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile."""
     deciles = statistics.quantiles(values, n=10, method="inclusive")
     return deciles[4], deciles[1], deciles[7]
+
+
+def commit() -> str:
+    """Of the checkout, or BENCH_COMMIT where there is no repository."""
+    if named := os.environ.get("BENCH_COMMIT"):
+        return named
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, object]], about: Mapping[str, str], command: str) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
-import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from bench.result_file import spread
+from bench.result_file import commit, spread
 
 Step = Callable[[], object]
 
@@ -117,11 +115,3 @@ def _version(module: str) -> str:
         return str(importlib.import_module(module).__version__)
     except ImportError:
         return "missing"
-
-
-def commit() -> str:
-    """Of the checkout, or BENCH_COMMIT where there is no repository."""
-    if named := os.environ.get("BENCH_COMMIT"):
-        return named
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return git.stdout.strip() or "unknown"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import random
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer
 from bench.needle import tokenizer as needle_tokenizer
 from bench.needle.generate import Policy, Request
 from bench.needle.model import load_checkpoint
+from bench.result_file import commit
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.needle import checkpoint_path, tasks
 
@@ -163,11 +163,6 @@ def write_csv(path: Path, rows: Iterable[dict], commit: str, device: str) -> lis
     return written
 
 
-def head_commit() -> str:
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or "unknown"
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=checkpoint_path())
@@ -195,7 +190,7 @@ def main() -> None:
         for seed in range(args.seeds)
     ]
     rows = run_jobs(jobs, args.checkpoint, device, args.processes)
-    print_table(write_csv(args.csv, rows, args.commit or head_commit(), device))
+    print_table(write_csv(args.csv, rows, args.commit or commit(), device))
 
 
 if __name__ == "__main__":

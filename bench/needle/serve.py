@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from bench.kernels.timing import commit
+from bench.result_file import commit
 from sglang_tokenselect.demo_questions import token_counter
 from sglang_tokenselect.needle import checkpoint_path, tasks
 from sglang_tokenselect.needle_server import needle_server
