@@ -17,7 +17,8 @@ from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
-from sglang_tokenselect.torch_runner import LayerInput, TorchRunner
+from sglang_tokenselect.runner import LayerInput
+from sglang_tokenselect.torch_runner import TorchRunner
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Policy:
         return f"{w.num_sink}+{w.budget}+{w.num_local} block {self.block}/{self.sub_block} {self.positions}"
 
     def config(self) -> TokenSelectConfig:
-        """The same for the backend's runner, with a vote at every step."""
+        """The same for the backend's runner: a vote at every step, dense up to the window and no further."""
         window = self.window or Window(num_sink=0, budget=0, num_local=sys.maxsize)
         return TokenSelectConfig(
             sink=window.num_sink,
@@ -47,6 +48,7 @@ class Policy:
             sub_block=self.sub_block,
             positions=self.positions,
             max_reuse=1,
+            min_len=0,
         )
 
 
@@ -106,8 +108,7 @@ class Request:
         """Appends tokens and returns the greedy next one."""
         self.length += len(ids)
         request = RequestPlan(req_pool_idx=0, seq_len=self.length, first_query=0, num_queries=len(ids))
-        self.plan = ForwardPlan(is_decode=len(ids) == 1, requests=(request,))
-        self.runner.begin(self.plan)
+        self.runner.begin(ForwardPlan(is_decode=len(ids) == 1, requests=(request,)))
         hidden = self.model(torch.tensor(ids, device=self.slots.device), self._attend)
         return int(self.model.logits(hidden[-1]).argmax())
 
@@ -124,4 +125,4 @@ class Request:
             query, key = self.rope.rotate(query, new), self.rope.rotate(key, new)
         self.keys[layer, new], self.values[layer, new] = key, value
         layer_input = LayerInput(layer, self.keys[layer], self.values[layer], scaling=self.scaling, logit_cap=0.0)
-        return self.runner.run(query, layer_input, self.plan)
+        return self.runner.run(query, layer_input)
