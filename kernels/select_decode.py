@@ -10,7 +10,7 @@ from .decode_score import score_decode
 from .emit import emit
 from .paged_keys import PagedKeys
 from .rows import SelectionRows
-from .selection_cache import DecodeBatch, SelectionCache, begin_decode
+from .selection_cache import DecodeBatch, Probe, SelectionCache, begin_decode
 from .vote import vote
 from .workspace import DecodeWorkspace
 
@@ -28,6 +28,7 @@ def select_decode(
     num_local: int,
     vote_scale: float = 1.0,
     num_parts: int | None = None,
+    layer: int = 0,
 ) -> None:
     """Writes the slots that each query of a decode step attends to in one layer.
 
@@ -42,6 +43,7 @@ def select_decode(
         kv_indices: [>= kv_indptr[-1]] int32, written: sink, chosen and local slots, ascending in position.
         num_parts: how many parts to run: `WorkspaceLimits.count_parts` of the candidates that the rows may have, or
             more; None: as many as any batch needs. Rows of parts that are not run get no slots.
+        layer: index of this layer among those that select: it leaves its queries in `batch.probe` if that wants them.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other or the workspace, or no parts.
@@ -50,9 +52,11 @@ def select_decode(
     num_rows = len(batch)
     if num_parts is None:
         num_parts = workspace.limits.num_parts(num_rows)
+    if layer < 0:
+        raise ValueError(f"layer: expected 0 at least, got {layer}")
     if num_parts < 1:
         raise ValueError(f"num_parts: expected 1 at least, got {num_parts}")
-    begin_decode(query, batch, cache, rows, workspace, num_sink=num_sink, num_local=num_local)
+    begin_decode(query, batch, cache, rows, workspace, num_sink=num_sink, num_local=num_local, layer=layer)
     for part in range(num_parts):
         score_decode(
             query, keys, batch.req_pool_indices, rows, workspace, num_sink=num_sink, vote_scale=vote_scale, part=part
@@ -99,3 +103,15 @@ def _check(
     if len(batch) > limits.max_rows:
         raise ValueError(f"num_rows: expected at most {limits.max_rows}, the workspace's, got {len(batch)}")
     expect("kv_indices", kv_indices, (None,), torch.int32)
+    if batch.probe is not None:
+        _check_probe(batch.probe, query)
+
+
+def _check_probe(probe: Probe, query: torch.Tensor) -> None:
+    num_rows, size = query.shape[0], query.shape[1] * query.shape[2]
+    expect("probe.layer", probe.layer, (1,), torch.int32)
+    expect("probe.query", probe.query, (None, size), query.dtype)
+    if probe.query.shape[0] < num_rows:
+        raise ValueError(f"probe.query: expected {num_rows} rows at least, got {probe.query.shape[0]}")
+    if not probe.query.is_contiguous():
+        raise ValueError(f"probe.query: expected contiguous rows, got strides {probe.query.stride()}")

@@ -110,6 +110,20 @@ class SelectionCaches:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Where one layer leaves the queries of a step. Which layer is said on the device: graphs read it anew.
+
+    Attributes:
+        layer: [1] int32, index of the layer whose queries are kept, counted among those that select; -1: none.
+        query: [max_rows, num_qo_heads * head_dim], dtype of the queries, contiguous: those of the last step that
+            kept any, as they were scored. Rows beyond that step's are older or never written.
+    """
+
+    layer: torch.Tensor
+    query: torch.Tensor
+
+
+@dataclass(frozen=True)
 class DecodeBatch:
     """The requests of one decode step. All tensors are on the device; graphs rewrite them in place.
 
@@ -123,6 +137,7 @@ class DecodeBatch:
             ``min(seq_len, num_sink + budget + num_local)`` of them, with budget -1 ``seq_len``.
         theta: [1] float32, least cosine for reuse. Above 1: never; -1: always.
         max_reuse: [1] int32, steps that one vote may serve, its own included.
+        probe: where the queries of one layer are kept; None: nowhere.
     """
 
     req_pool_indices: torch.Tensor
@@ -132,13 +147,23 @@ class DecodeBatch:
     kv_indptr: torch.Tensor
     theta: torch.Tensor
     max_reuse: torch.Tensor
+    probe: Probe | None = None
 
     def __len__(self) -> int:
         return self.seq_lens.shape[0]
 
 
-# Layers' views of stacked entries are not aligned alike.
-@triton.jit(do_not_specialize_on_alignment=["cached_vote_len_ptr", "cached_seq_len_ptr"])
+# Layers' views of stacked entries are not aligned alike, nor are the numbers of a step that lie in one buffer.
+@triton.jit(
+    do_not_specialize=["layer"],
+    do_not_specialize_on_alignment=[
+        "theta_ptr",
+        "max_reuse_ptr",
+        "probe_layer_ptr",
+        "cached_vote_len_ptr",
+        "cached_seq_len_ptr",
+    ],
+)
 def _begin_decode_kernel(
     query_ptr,
     seq_lens_ptr,
@@ -146,6 +171,8 @@ def _begin_decode_kernel(
     cache_slots_ptr,
     theta_ptr,
     max_reuse_ptr,
+    probe_layer_ptr,
+    probe_query_ptr,
     cached_query_ptr,
     cached_vote_len_ptr,
     cached_seq_len_ptr,
@@ -157,7 +184,9 @@ def _begin_decode_kernel(
     cached_ptr,
     num_sink,
     num_local,
+    layer,
     stride_query_row,
+    HAS_PROBE: tl.constexpr,
     QUERY_SIZE: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -174,6 +203,10 @@ def _begin_decode_kernel(
     offs = tl.arange(0, QUERY_BLOCK)
     inside = offs < QUERY_SIZE
     query = tl.load(query_ptr + row.to(tl.int64) * stride_query_row + offs, mask=inside, other=0)
+    if HAS_PROBE:
+        wanted = tl.load(probe_layer_ptr)
+        if wanted == layer:
+            tl.store(probe_query_ptr + row.to(tl.int64) * QUERY_SIZE + offs, query, mask=inside)
     tail_start = tl.minimum(seq_len, num_sink)
     num_chosen = 0
     num_candidates = 0
@@ -221,6 +254,7 @@ def begin_decode(
     *,
     num_sink: int,
     num_local: int,
+    layer: int = 0,
 ) -> None:
     """Decides for each row: everything, an earlier vote, or a new vote; one launch, no host sync.
 
@@ -232,7 +266,10 @@ def begin_decode(
     Args:
         query: [num_rows, num_qo_heads, head_dim], heads contiguous.
         rows: filled for :func:`score_decode`, :func:`vote` and :func:`emit`.
+        layer: which this is. The layer that `batch.probe` names leaves there the queries of all rows, also of those
+            that attend to everything.
     """
+    probe = batch.probe
     num_rows, query_size = len(batch), query.shape[1] * query.shape[2]
     _begin_decode_kernel[(num_rows,)](
         query,
@@ -241,6 +278,8 @@ def begin_decode(
         batch.cache_slots,
         batch.theta,
         batch.max_reuse,
+        probe.layer if probe else None,
+        probe.query if probe else None,
         cache.query,
         cache.vote_len,
         cache.seq_len,
@@ -252,7 +291,9 @@ def begin_decode(
         rows.cached,
         num_sink,
         num_local,
+        layer,
         query.stride(0),
+        HAS_PROBE=probe is not None,
         QUERY_SIZE=query_size,
         QUERY_BLOCK=triton.next_power_of_2(query_size),
         PDL=workspace.pdl,

@@ -12,7 +12,8 @@ from . import (
     chunk_alignment,
     cpu_dispatch,
     decode_graphs,
-    forward_rows,
+    effort,
+    forward_requests,
     kv_budget,
     request_options,
     server_args,
@@ -24,8 +25,9 @@ from .hook import Hook
 def hooks() -> list[Hook]:
     """The hooks that this machine needs, in the order in which they are registered."""
     needed = [*server_args.HOOKS, *chunk_alignment.HOOKS, *request_options.HOOKS, *server_info.HOOKS]
+    needed += [*forward_requests.HOOKS, *effort.HOOKS]
     if torch.cuda.is_available():
-        needed += [*forward_rows.HOOKS, *decode_graphs.HOOKS, *kv_budget.HOOKS]
+        needed += [*decode_graphs.HOOKS, *kv_budget.HOOKS]
     elif not torch.accelerator.is_available():
         needed += cpu_dispatch.HOOKS
     return needed

@@ -1,29 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request that asks for TokenSelect options of its own gets a 400, since none are served yet.
+"""A request's own options are checked where it enters, and its keys kept apart in the radix cache.
 
-Symptom without it: `custom_params` with a "tokenselect" key would be ignored without a word.
-Seam: `TokenizerManager._create_tokenized_object`, whose ValueErrors become HTTP 400.
+Symptom without it: bad options would reach the scheduler, where nothing can be answered any more; with
+SGLANG_USE_PICKLE_IPC=0 nested ones would end it. And a request could be served keys that were computed while others
+attended to less than it asked for.
+Seam: `TokenizerManager._create_tokenized_object`, whose ValueErrors become HTTP 400. The salt is SGLang's own
+`extra_key`, beside one that the request brings.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from sglang_tokenselect import flags
+from sglang_tokenselect.plugin import BACKEND
+from sglang_tokenselect.request_options import parse_options
+
 from .hook import Hook
 
-KEY = "tokenselect"
 
-
-def _refuse_options(original: Any, manager: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-    params = getattr(obj, "sampling_params", None) or {}
-    custom = params.get("custom_params") if isinstance(params, dict) else None
-    if isinstance(custom, dict) and KEY in custom:
-        raise ValueError(
-            f"custom_params: expected no {KEY!r} (options per request are not served yet), got {custom[KEY]!r}"
-        )
-    return original(manager, obj, *args, **kwargs)
+def _check_options(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
+    params = getattr(tokenized, "sampling_params", None)
+    if manager.server_args.attention_backend != BACKEND or params is None:
+        return
+    options = parse_options(params.custom_params, flags.attached(manager.server_args).largest_budget)
+    if options is not None:
+        tokenized.extra_key = f"{tokenized.extra_key or ''}|{options.cache_salt}"
 
 
 HOOKS = (
-    Hook("sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object", "around", _refuse_options),
+    Hook("sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object", "after", _check_options),
 )

@@ -17,9 +17,11 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_tokenselect import flags, refusals
 from sglang_tokenselect.create_runner import create_runner
+from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.patches import chunk_alignment, decode_graphs, install
-from sglang_tokenselect.planner import plan_forward
-from sglang_tokenselect.runner import Graph, LayerInput
+from sglang_tokenselect.planner import StagedRequests, plan_forward
+from sglang_tokenselect.request_options import parse_options
+from sglang_tokenselect.runner import Graph, LayerInput, Runner
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
+
+_WINDOW = "_tokenselect_window"
+"""Attribute of SGLang's Req."""
 
 
 class TokenSelectAttnBackend(AttentionBackend):
@@ -51,30 +56,54 @@ class TokenSelectAttnBackend(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         self._max_context_len = model_runner.model_config.context_len
-        self._runner = create_runner(model_runner, self.config)
-        self._rows: list[int] | None = None
-        logger.info("TokenSelect: %s; runner: %s", self.config, type(self._runner).__name__)
+        self.runner: Runner = create_runner(model_runner, self.config)
+        self._staged: StagedRequests | None = None
+        logger.info("TokenSelect: %s; runner: %s", self.config, type(self.runner).__name__)
 
     def report(self) -> dict[str, Any]:
         """Configuration and counters, for `/server_info`."""
-        return {"config": self.config.to_options(), "counters": self._runner.report().to_dict()}
+        return {"config": self.config.to_options(), "counters": self.runner.report().to_dict()}
 
-    def stage_rows(self, rows: list[int]) -> None:
-        """Told by patches/forward_rows.py before each forward: `req_pool_indices` on the host, without padding."""
-        self._rows = rows
+    def stage_requests(self, rows: list[int], reqs: Sequence[Any]) -> None:
+        """Told by patches/forward_requests.py before each forward, without padding.
+
+        Args:
+            rows: `req_pool_indices` on the host.
+            reqs: SGLang's Req of each row.
+        """
+        windows = [self._own_window(req) if req.sampling_params.custom_params else None for req in reqs]
+        self._staged = StagedRequests(rows, windows)
+
+    def _own_window(self, req: Any) -> Window | None:
+        """What the request asks for, read once in its life."""
+        if not hasattr(req, _WINDOW):
+            setattr(req, _WINDOW, self._parse_window(req.sampling_params.custom_params))
+        return getattr(req, _WINDOW)
+
+    def _parse_window(self, custom_params: dict[str, Any]) -> Window | None:
+        try:
+            options = parse_options(custom_params, self.config.largest_budget)
+        except ValueError as error:  # of a front end that checks nothing, such as SGLang's gRPC server
+            logger.warning("TokenSelect: options of a request are not followed: %s", error)
+            return None
+        return options and options.window(self.config)
 
     @property
     def selects(self) -> bool:
         """Whether the current forward may read `req_to_token` in its layers."""
-        return self._runner.selects
+        return self.runner.selects
 
     def decode_selects(self, seq_lens: Sequence[int]) -> bool:
         """Which of its two graphs a decode step of requests of such lengths needs."""
-        return self._runner.decode_selects(seq_lens)
+        return self.runner.decode_selects(seq_lens, self._windows)
 
     def fits_graph(self, seq_lens: Sequence[int]) -> bool:
         """Whether a captured graph can serve such a decode step."""
-        return self._runner.fits_graph(seq_lens)
+        return self.runner.fits_graph(seq_lens, self._windows)
+
+    @property
+    def _windows(self) -> Sequence[Window | None]:
+        return self._staged.windows if self._staged else ()
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         self._begin(forward_batch, Graph.NONE)
@@ -83,13 +112,13 @@ class TokenSelectAttnBackend(AttentionBackend):
         self._begin(forward_batch, Graph.CAPTURE if in_capture else Graph.REPLAY)
 
     def _begin(self, forward_batch: ForwardBatch, graph: Graph) -> None:
-        rows, self._rows = self._rows, None
+        staged, self._staged = self._staged, None
         if not forward_batch.forward_mode.is_idle():
             selects = decode_graphs.captured_selection() if graph is Graph.CAPTURE else None
-            self._runner.begin(plan_forward(forward_batch, rows), forward_batch, graph, selects=selects)
+            self.runner.begin(plan_forward(forward_batch, staged), forward_batch, graph, selects=selects)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        self._runner.reserve_graph_rows(max_bs, self._max_context_len)
+        self.runner.reserve_graph_rows(max_bs, self._max_context_len)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -113,12 +142,12 @@ class TokenSelectAttnBackend(AttentionBackend):
         Returns:
             [num_tokens, num_qo_heads * head_dim].
         """
-        if self._runner.delegates(layer.layer_id):
-            return self._runner.dense.forward(q, k, v, layer, forward_batch, save_kv_cache)
+        if self.runner.delegates(layer.layer_id):
+            return self.runner.dense.forward(q, k, v, layer, forward_batch, save_kv_cache)
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
         layer_input = LayerInput.of_pool(self.token_to_kv_pool, layer.layer_id, layer.scaling, layer.logit_cap)
         query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-        return self._runner.run(query, layer_input).flatten(1)
+        return self.runner.run(query, layer_input).flatten(1)
 
     forward_extend = forward_decode

@@ -8,10 +8,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sglang_tokenselect.demo_questions import LENGTHS, QUESTIONS, SEEDS
 
 DEFAULT_LENGTHS = (4096, 8192, 16384, 32768)
+DEFAULT_PUBLISH = "tcp://127.0.0.1:30100"
+DEFAULT_CONTROL = "tcp://127.0.0.1:30101"
+DEFAULT_TIMEOUT = 5.0
+MAX_SECONDS = 86400
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +65,33 @@ def parse_within(bounds: range) -> Callable[[str], int]:
     return parse
 
 
+def parse_endpoint(text: str) -> str:
+    # Only here, since it imports what takes two seconds: torch.
+    from sglang_tokenselect.config import ConfigError, check_endpoint
+
+    try:
+        check_endpoint("endpoint", text, allow_remote=True)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def parse_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0 and up to {MAX_SECONDS}, got {text!r}")
+    return seconds
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    from sglang_tokenselect.ctl import parse_setting
+
+    return parse_setting(text)
+
+
 def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths",
@@ -91,6 +123,59 @@ def _run_demo(args: argparse.Namespace) -> int:
     return run_demo(options)
 
 
+def _add_monitor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "endpoint",
+        nargs="?",
+        type=parse_endpoint,
+        default=DEFAULT_PUBLISH,
+        help="what the server was given as --tokenselect-publish (default: %(default)s)",
+    )
+    parser.add_argument("--once", action="store_true", help="shows the first message and ends")
+    parser.add_argument("--json", action="store_true", help="prints the messages, one per line")
+    _add_timeout(parser, "--once: seconds to wait for a message")
+
+
+def _run_monitor(args: argparse.Namespace) -> int:
+    from sglang_tokenselect.monitor import run_monitor
+
+    return run_monitor(args.endpoint, once=args.once, as_json=args.json, timeout=args.timeout)
+
+
+def _add_ctl_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--endpoint",
+        type=parse_endpoint,
+        default=DEFAULT_CONTROL,
+        help="what the server was given as --tokenselect-control (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="prints the server's answer")
+    _add_timeout(parser, "seconds to wait for the answer")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    commands.add_parser("get", help="shows the options that can be changed")
+    setter = commands.add_parser("set", help="changes options, all of them or none")
+    setter.add_argument("settings", nargs="+", type=_parse_setting, metavar="NAME=VALUE", help="such as policy=load")
+
+
+def _run_ctl(args: argparse.Namespace) -> int:
+    from sglang_tokenselect.ctl import run_ctl
+
+    request: dict[str, Any] = {"command": args.command}
+    if args.command == "set":
+        request["options"] = dict(args.settings)
+    return run_ctl(request, args.endpoint, as_json=args.json, timeout=args.timeout)
+
+
+def _add_timeout(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument(
+        "--timeout",
+        type=parse_seconds,
+        default=DEFAULT_TIMEOUT,
+        metavar="SECONDS",
+        help=f"{help} (default: %(default)s)",
+    )
+
+
 def _exit_on_signal(signum: int, frame: object) -> None:
     sys.exit(128 + signum)
 
@@ -100,6 +185,16 @@ COMMANDS = {
         "Starts SGLang on the shipped checkpoint, sparse and dense, and asks both about long texts.",
         _add_demo_options,
         _run_demo,
+    ),
+    "monitor": (
+        "Shows a server's effort level, speed and what it attends to, as it changes.",
+        _add_monitor_options,
+        _run_monitor,
+    ),
+    "ctl": (
+        "Shows or changes a running server's options.",
+        _add_ctl_options,
+        _run_ctl,
     ),
 }
 

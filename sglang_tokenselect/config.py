@@ -6,10 +6,10 @@ Flags (flags.py), the README's table (tests/unit/test_docs.py) and `sgl.Engine` 
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
+from sglang_tokenselect.effort import LOWEST_LEVEL
 from sglang_tokenselect.kernels.reference.window import Window
 
 
@@ -22,6 +22,8 @@ class ConfigError(ValueError):
 
 DEFAULT_MIN_LEN = 20480
 """Beyond, reuse was faster than dense attention for any number of requests (README, "Speed")."""
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def _option(default: Any, help: str, **bounds: Any) -> Any:
@@ -59,6 +61,37 @@ class TokenSelectConfig:
     )
     dense_layers: tuple[int, ...] = _option((), "layers that attend to everything, such as 0,1,30-31")
     vote_scale: float = _option(1.0, "factor of the logits in the vote (not in the attention)", above=0.0)
+    max_budget: int | None = _option(
+        None, "largest budget that a request may ask for and the quality guard may raise to; if not given, the budget"
+    )
+    min_budget: int = _option(0, "smallest budget that a policy may choose", minimum=0)
+    policy: str = _option(
+        "fixed",
+        "who sets the effort level of decode. fixed: --tokenselect-level. load: running and waiting requests and the "
+        "KV cache's usage. slo: the time between tokens, to be held at --tokenselect-itl-target-ms",
+        choices=("fixed", "load", "slo"),
+    )
+    level: int = _option(
+        0, f"effort level of policy fixed: 0, as configured, to {LOWEST_LEVEL}, the cheapest", minimum=0
+    )
+    itl_target_ms: float | None = _option(None, "policy slo: median milliseconds between tokens to hold", above=0.0)
+    load_requests: int = _option(32, "policy load: running requests at which the cheapest level is reached", minimum=1)
+    load_wait_ms: float = _option(
+        2000.0, "policy load: milliseconds that a request has waited when the cheapest level is reached", above=0.0
+    )
+    min_mass: float | None = _option(
+        None,
+        "quality guard: share of the candidates' attention that the chosen tokens must hold; below it, policies choose "
+        "more effort",
+        above=0.0,
+        maximum=1.0,
+    )
+    mass_every: int = _option(64, "decode steps between two samples of that share; 0 never", minimum=0)
+    publish: str | None = _option(
+        None, "ZMQ endpoint to publish telemetry on, such as tcp://127.0.0.1:30100 or ipc:///tmp/tokenselect"
+    )
+    control: str | None = _option(None, "ZMQ endpoint to take commands of `sglang-tokenselect ctl` on")
+    allow_remote: bool = _option(False, "the two endpoints may be reached from other machines; nothing protects them")
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -71,6 +104,25 @@ class TokenSelectConfig:
                 "none with positions=compact (a dense layer has no compact positions)",
                 self.dense_layers,
             )
+        self._check_effort()
+
+    def _check_effort(self) -> None:
+        if self.min_budget > self.budget:
+            raise ConfigError("min_budget", f"at most budget={self.budget}", self.min_budget)
+        if self.largest_budget < self.budget:
+            raise ConfigError("max_budget", f"at least budget={self.budget}", self.max_budget)
+        if self.level > LOWEST_LEVEL:
+            raise ConfigError("level", f"at most {LOWEST_LEVEL}", self.level)
+        if self.policy == "slo" and self.itl_target_ms is None:
+            raise ConfigError("itl_target_ms", "a number with policy=slo", None)
+        if self.min_mass is not None and self.mass_every == 0:
+            raise ConfigError("mass_every", "at least 1 with min_mass", 0)
+        for name in ("publish", "control"):
+            check_endpoint(name, getattr(self, name), allow_remote=self.allow_remote)
+
+    @property
+    def largest_budget(self) -> int:
+        return self.budget if self.max_budget is None else self.max_budget
 
     @property
     def window(self) -> Window:
@@ -123,10 +175,35 @@ def check_option(name: str, value: Any) -> None:
         return
     if value is None and option.default is None:
         return
-    kind = int if option.default is None else type(option.default)
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not math.isfinite(value):
+    kind = option_kind(option)
+    if kind in (bool, str):
+        if not isinstance(value, kind):
+            raise ConfigError(name, "true or false" if kind is bool else "a string", value)
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not abs(value) < 2**63:
         raise ConfigError(name, "an integer" if kind is int else "a finite number", value)
     if "minimum" in bounds and value < bounds["minimum"]:
         raise ConfigError(name, f"at least {bounds['minimum']}", value)
     if "above" in bounds and value <= bounds["above"]:
         raise ConfigError(name, f"above {bounds['above']:g}", value)
+    if "maximum" in bounds and value > bounds["maximum"]:
+        raise ConfigError(name, f"at most {bounds['maximum']:g}", value)
+
+
+def option_kind(option: Field) -> type:
+    """int, float, str, bool or tuple: the type of an option's values, None aside."""
+    return next(kind for kind in (int, float, str, bool, tuple) if option.type.startswith(kind.__name__))
+
+
+def check_endpoint(name: str, endpoint: str | None, *, allow_remote: bool) -> None:
+    """Raises ConfigError unless `endpoint` is None, ipc:///PATH, or tcp://HOST:PORT with a host of this machine."""
+    if endpoint is None:
+        return
+    scheme, _, address = endpoint.partition("://")
+    host, _, port = address.rpartition(":")
+    if scheme == "ipc" and address.startswith("/"):
+        return
+    if scheme != "tcp" or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(name, "tcp://HOST:PORT or ipc:///PATH", endpoint)
+    if not (allow_remote or host in LOOPBACK):
+        raise ConfigError(name, f"a host of {', '.join(LOOPBACK)}, or allow_remote", endpoint)

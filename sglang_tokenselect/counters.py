@@ -17,6 +17,7 @@ class Counters:
         decode_queries: decode steps, summed over requests.
         cached_tokens: tokens that these queries could have attended to.
         attended_tokens: tokens that they attended to in layers that select.
+        dense_queries: those among them that attended to everything, since they were short or asked for it.
         votes: selections made for decode queries.
         reuses: decode queries that a cached selection served.
         uncached_queries: decode queries that voted because the selection cache had no entry left for them.
@@ -26,17 +27,24 @@ class Counters:
     decode_queries: int = 0
     cached_tokens: int = 0
     attended_tokens: int = 0
+    dense_queries: int = 0
     votes: int = 0
     reuses: int = 0
     uncached_queries: int = 0
     block_votes: int = 0
 
     def count_decode(self, plan: ForwardPlan, window: Window) -> None:
+        """
+        Args:
+            window: of requests without one of their own.
+        """
         for request in plan.requests:
             if request.req_pool_idx != PADDING_ROW:
+                attended = (request.window or window).attended_length(request.seq_len)
                 self.decode_queries += 1
                 self.cached_tokens += request.seq_len
-                self.attended_tokens += window.attended_length(request.seq_len)
+                self.attended_tokens += attended
+                self.dense_queries += attended == request.seq_len
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)

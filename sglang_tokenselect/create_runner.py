@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from sglang_tokenselect.patches import decode_graphs, rope
 from sglang_tokenselect.runner import LayerInput, Runner
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     from sglang_tokenselect.gpu_runner import GpuRunner
@@ -36,10 +38,11 @@ def create_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> Runne
         return _create_gpu_runner(model_runner, config)
     from sglang_tokenselect.torch_runner import TorchRunner
 
-    sliding = sliding_layers(attention_layers(model_runner.model))
-    refusals.check_torch(model_runner.model_config, sliding)
+    layers = attention_layers(model_runner.model)
+    refusals.check_torch(model_runner.model_config, sliding_layers(layers))
     ropes = rope.take_over_rope(model_runner.model) if config.is_compact else {}
-    return TorchRunner(config, model_runner.req_to_token_pool.req_to_token, ropes)
+    sampled = [layer.layer_id for layer in layers if layer.layer_id not in config.dense_layers]
+    return TorchRunner(config, model_runner.req_to_token_pool.req_to_token, ropes, sampled)
 
 
 def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> GpuRunner:
@@ -80,11 +83,16 @@ def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> 
         dense=dense,
         dense_in_all_forwards=len(layer_ids) < len(layers),
         rope=table,
+        sampled_layers=[partial(_layer_input, model_runner, layer) for layer in layers if layer.layer_id in layer_ids],
     )
     begin = time.perf_counter()
     runner.warm_up(LayerInput.of_pool(model_runner.token_to_kv_pool, layer_ids[0]))
     logger.info("TokenSelect: kernels of prefill ready after %.0f s", time.perf_counter() - begin)
     return runner
+
+
+def _layer_input(model_runner: ModelRunner, layer: RadixAttention) -> LayerInput:
+    return LayerInput.of_pool(model_runner.token_to_kv_pool, layer.layer_id, layer.scaling, layer.logit_cap)
 
 
 def _float_workspace(device: str) -> torch.Tensor:

@@ -8,10 +8,10 @@ included, so the options ride on it as `_tokenselect`.
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
-from sglang_tokenselect.config import ConfigError, TokenSelectConfig, check_option
+from sglang_tokenselect.config import ConfigError, TokenSelectConfig, check_option, option_kind
 
 PREFIX = "--tokenselect-"
 ATTRIBUTE = "_tokenselect"
@@ -30,13 +30,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds one flag per option. A flag that is not given leaves no trace in the namespace."""
     group = parser.add_argument_group("TokenSelect", "options of --attention-backend tokenselect")
     for option in fields(TokenSelectConfig):
+        is_switch = option_kind(option) is bool
         group.add_argument(
             PREFIX + option.name.replace("_", "-"),
             dest=_destination(option.name),
-            type=_parser_of(option.name, option.default),
             default=argparse.SUPPRESS,
-            metavar=_metavar(option),
             help=f"{option.metadata['help']} (default: {shown_default(option)})",
+            **{"action": "store_true"} if is_switch else {"type": _parser_of(option), "metavar": _metavar(option)},
         )
 
 
@@ -59,8 +59,8 @@ def _destination(name: str) -> str:
     return f"tokenselect_{name}"
 
 
-def _parser_of(name: str, default: Any) -> Any:
-    kind = int if default is None else type(default)
+def _parser_of(option: Field) -> Any:
+    name, kind = option.name, option_kind(option)
     convert = parse_layers if name == "dense_layers" else kind
 
     def parse(text: str) -> Any:
@@ -84,4 +84,6 @@ def _metavar(option: Any) -> str:
 
 
 def shown_default(option: Any) -> str:
+    if option.default is False:
+        return "off"
     return "none" if option.default in ((), None) else str(option.default)

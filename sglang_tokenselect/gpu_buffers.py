@@ -34,8 +34,8 @@ PREFILL_BLOCKS = 128
 MOST_RUNNING_REQUESTS = 4096
 """What SGLang clamps --max-running-requests to when it is not given."""
 
-STEP_SECTIONS = 3
-"""What changes from one decode step to the next: kv_indptr, budgets, cache slots."""
+STEP_SECTIONS = 4
+"""What changes from one decode step to the next: kv_indptr, budgets, cache slots, and three scalars."""
 
 INT_WORKSPACE_BYTES = 8 * 2**20
 """What FlashInfer plans into; the size that its wrappers allocate themselves."""
@@ -50,6 +50,7 @@ class GpuBuffers:
         decode, rows: scratch of decode selection.
         prefill, scratch, means: scratch of prefill selection.
         step: int32, STEP_SECTIONS one after the other, each begun where it is aligned.
+        probe: [max_rows, num_qo_heads * head_dim], decode queries of a layer that is sampled.
         rotated: [max_rows, num_qo_heads, head_dim], decode queries rotated for scoring; empty in absolute mode.
         int_workspace: for the plans of all FlashInfer wrappers of decode, which take turns.
     """
@@ -61,6 +62,7 @@ class GpuBuffers:
     scratch: BlockScratch
     means: torch.Tensor
     step: torch.Tensor
+    probe: torch.Tensor
     rotated: torch.Tensor
     int_workspace: torch.Tensor
 
@@ -72,7 +74,7 @@ class GpuBuffers:
         Args:
             max_rows: requests of the largest decode batch.
         """
-        max_budget = max(config.budget, 1)
+        max_budget = max(config.largest_budget, 1)
         heads, head_dim = shape.num_qo_heads, shape.head_dim
         num_means = PREFILL_BLOCKS * count_rows_per_block(config.block, config.sub_block)
 
@@ -89,6 +91,7 @@ class GpuBuffers:
             scratch=BlockScratch.allocate(num_means, heads, device),
             means=torch.empty(num_means, heads, head_dim, dtype=shape.dtype, device=device),
             step=torch.zeros(STEP_SECTIONS * (max_rows + ALIGNMENT), dtype=torch.int32, device=device),
+            probe=torch.empty(max_rows, heads * head_dim, dtype=shape.dtype, device=device),
             rotated=torch.empty(
                 max_rows if config.is_compact else 0, heads, head_dim, dtype=shape.dtype, device=device
             ),

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.effort import Effort
 from sglang_tokenselect.gpu_buffers import STEP_SECTIONS, GpuBuffers, graph_index_slots
 from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference.positions import Rope
+from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.rotate import rotate
 from sglang_tokenselect.kernels.rows import EVERYTHING
 from sglang_tokenselect.kernels.select_decode import select_decode
-from sglang_tokenselect.kernels.selection_cache import DecodeBatch
+from sglang_tokenselect.kernels.selection_cache import DecodeBatch, Probe
 from sglang_tokenselect.kernels.transfer import ALIGNMENT, int32, pinned
 from sglang_tokenselect.runner import Graph, LayerInput
 from sglang_tokenselect.slot_lists import SlotLists
@@ -53,10 +55,8 @@ class GpuDecode:
         device = req_to_token.device
         self._config, self._buffers, self._req_to_token = config, buffers, req_to_token
         self._attention, self._rope = attention, rope
-        self._caches = {layer_id: buffers.caches.layer(i) for i, layer_id in enumerate(layer_ids)}
+        self._layers = {layer_id: i for i, layer_id in enumerate(layer_ids)}
         self._max_rows = buffers.decode.limits.max_rows
-        self._theta = torch.tensor([config.theta], dtype=torch.float32, device=device)
-        self._max_reuse = torch.tensor([config.max_reuse], dtype=torch.int32, device=device)
         self._positions = torch.full((self._max_rows,), config.local, dtype=torch.int32, device=device)
         self._graph_indices = torch.empty(0, dtype=torch.int32, device=device)
         self._step: _Step | None = None
@@ -69,38 +69,57 @@ class GpuDecode:
         self._graph_indices = torch.zeros(num_slots, dtype=torch.int32, device=self._req_to_token.device)
         self._attention.forget_graphs()
 
-    def count_parts(self, seq_lens: Sequence[int]) -> int:
-        """Parts that a step of requests of such lengths is selected in, if none reuses a selection."""
-        window = self._config.window
-        ends = window.num_sink + window.num_local
-        candidates = [n - ends if n > window.dense_len and window.budget else 0 for n in seq_lens]
+    def fits_graph(self, seq_lens: Sequence[int], windows: Sequence[Window]) -> bool:
+        """Whether a graph's one part and its slots are enough for a step of such requests."""
+        num_slots = sum(window.attended_length(n) for n, window in zip(seq_lens, windows, strict=True))
+        return num_slots <= len(self._graph_indices) and self._count_parts(seq_lens, windows) == 1
+
+    def _count_parts(self, seq_lens: Sequence[int], windows: Sequence[Window]) -> int:
+        """Parts that the step is selected in, if no row reuses a selection."""
+        ends = self._config.sink + self._config.local
+        candidates = [
+            n - ends if n > window.dense_len and window.budget else 0
+            for n, window in zip(seq_lens, windows, strict=True)
+        ]
         return self._buffers.decode.limits.count_parts(candidates)
 
     def begin(
-        self, seq_lens: Sequence[int], cache_slots: Sequence[int], forward_batch: ForwardBatch, graph: Graph
+        self,
+        seq_lens: Sequence[int],
+        windows: Sequence[Window],
+        cache_slots: Sequence[int],
+        effort: Effort,
+        probed_layer: int,
+        forward_batch: ForwardBatch,
+        graph: Graph,
     ) -> None:
         """Once per step.
 
         Args:
             seq_lens: of each row, those that pad a graph included.
+            windows: of each row.
             cache_slots: entry of the selection cache of each row; -1: none.
+            probed_layer: see Probe.layer.
         """
-        window, num_rows, in_graph = self._config.window, len(seq_lens), graph is not Graph.NONE
-        budgets = [window.budget if n > window.dense_len else EVERYTHING for n in seq_lens]
-        kv_indptr_cpu = int32([0, *accumulate(map(window.attended_length, seq_lens))])
-        kv_indptr, budgets, cache_slots = self._write_step(kv_indptr_cpu, budgets, cache_slots)
+        num_rows, in_graph = len(seq_lens), graph is not Graph.NONE
+        rows = list(zip(seq_lens, windows, strict=True))
+        budgets = [window.budget if n > window.dense_len else EVERYTHING for n, window in rows]
+        kv_indptr_cpu = int32([0, *accumulate(window.attended_length(n) for n, window in rows)])
+        step = self._write_step(kv_indptr_cpu, budgets, cache_slots, effort, probed_layer)
+        kv_indptr = step[0, : num_rows + 1]
         kv_indices = self._graph_indices if in_graph else self._graph_indices.new_empty(int(kv_indptr_cpu[-1]))
         lists = SlotLists(kv_indptr, kv_indptr_cpu, kv_indices)
         batch = DecodeBatch(
             req_pool_indices=forward_batch.req_pool_indices[:num_rows],
             seq_lens=forward_batch.seq_lens[:num_rows],
-            budgets=budgets,
-            cache_slots=cache_slots,
+            budgets=step[1, :num_rows],
+            cache_slots=step[2, :num_rows],
             kv_indptr=kv_indptr,
-            theta=self._theta,
-            max_reuse=self._max_reuse,
+            theta=step[3, :1].view(torch.float32),
+            max_reuse=step[3, 1:2],
+            probe=Probe(step[3, 2:3], self._buffers.probe),
         )
-        self._step = _Step(batch, lists, num_parts=1 if in_graph else self.count_parts(seq_lens))
+        self._step = _Step(batch, lists, num_parts=1 if in_graph else self._count_parts(seq_lens, windows))
         plans = {
             Graph.NONE: self._attention.plan,
             Graph.CAPTURE: self._attention.plan_capture,
@@ -112,7 +131,7 @@ class GpuDecode:
 
     def select(self, query: torch.Tensor, layer: LayerInput) -> None:
         """Writes what each row attends to in one layer."""
-        config, buffers, step = self._config, self._buffers, self._step
+        config, buffers, step, index = self._config, self._buffers, self._step, self._layers[layer.layer_id]
         if self._rope is not None:
             num_rows = query.shape[0]
             scored = buffers.rotated[:num_rows]
@@ -122,7 +141,7 @@ class GpuDecode:
             query,
             PagedKeys(layer.key_pool, self._req_to_token),
             step.batch,
-            self._caches[layer.layer_id],
+            buffers.caches.layer(index),
             buffers.rows,
             buffers.decode,
             step.lists.kv_indices,
@@ -130,21 +149,34 @@ class GpuDecode:
             num_local=config.local,
             vote_scale=config.vote_scale,
             num_parts=step.num_parts,
+            layer=index,
         )
 
     def attend(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
         return self._attention.run(query, (layer.key_pool, layer.value_pool), layer.scaling)
 
     def _write_step(
-        self, kv_indptr: torch.Tensor, budgets: Sequence[int], cache_slots: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """In one copy, to where graphs of this batch size read them: kv_indptr, budgets, cache slots."""
+        self,
+        kv_indptr: torch.Tensor,
+        budgets: Sequence[int],
+        cache_slots: Sequence[int],
+        effort: Effort,
+        probed_layer: int,
+    ) -> torch.Tensor:
+        """In one copy, to where graphs of this batch size read them.
+
+        Returns:
+            [STEP_SECTIONS, at least num_rows + 1] int32: kv_indptr; budgets; cache slots; theta's bits, max_reuse, and
+            the probed layer.
+        """
         num_rows = len(budgets)
-        section = -(-(num_rows + 1) // ALIGNMENT) * ALIGNMENT
+        section = -(-max(num_rows + 1, 3) // ALIGNMENT) * ALIGNMENT
         host = torch.zeros(STEP_SECTIONS, section, dtype=torch.int32)
         host[0, : num_rows + 1] = kv_indptr
         host[1, :num_rows] = int32(budgets)
         host[2, :num_rows] = int32(cache_slots)
+        host[3].view(torch.float32)[0] = effort.theta
+        host[3, 1:3] = int32([effort.max_reuse, probed_layer])
         step = self._buffers.step[: STEP_SECTIONS * section].view(STEP_SECTIONS, section)
         step.copy_(pinned(host, step.device), non_blocking=True)
-        return step[0, : num_rows + 1], step[1, :num_rows], step[2, :num_rows]
+        return step

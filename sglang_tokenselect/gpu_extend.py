@@ -14,6 +14,7 @@ from sglang_tokenselect.gpu_buffers import GpuBuffers
 from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.kernels.reference.prefill import cut_blocks, first_sparse_position
+from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.rotate import rotate
 from sglang_tokenselect.kernels.rows import EVERYTHING
 from sglang_tokenselect.kernels.select_blocks import PrefillBlock, PrefillPlan, plan_prefill, select_blocks
@@ -51,9 +52,10 @@ class GpuExtend:
         self._attention, self._rope = attention, rope
         self._extend: _Extend | None = None
 
-    def cut(self, requests: Sequence[RequestPlan]) -> list[PrefillBlock]:
+    def cut(self, requests: Sequence[RequestPlan], windows: Sequence[Window]) -> list[PrefillBlock]:
         """The early part of each request's queries in one piece, then its blocks, in order of the queries."""
-        return [block for request in requests for block in self._cut_request(request)]
+        cuts = map(self._cut_request, requests, windows)
+        return [block for blocks in cuts for block in blocks]
 
     def begin(self, blocks: Sequence[PrefillBlock]) -> None:
         """Once per extend."""
@@ -119,11 +121,11 @@ class GpuExtend:
             self.select(torch.zeros(shape, dtype=layer.key_pool.dtype, device=layer.key_pool.device), layer)
             num_blocks *= 2
 
-    def _cut_request(self, request: RequestPlan) -> list[PrefillBlock]:
-        config, start, end = self._config, request.prefix_len, request.seq_len
-        sparse = first_sparse_position(start, end, config.block, config.window)
+    def _cut_request(self, request: RequestPlan, window: Window) -> list[PrefillBlock]:
+        block, start, end = self._config.block, request.prefix_len, request.seq_len
+        sparse = first_sparse_position(start, end, block, window)
         cuts = [(start, sparse, EVERYTHING)] if sparse > start else []
-        cuts += [(lo, hi, config.budget) for lo, hi in cut_blocks(sparse, end, config.block)]
+        cuts += [(lo, hi, window.budget) for lo, hi in cut_blocks(sparse, end, block)]
         return [
             PrefillBlock(request.req_pool_idx, lo, hi, request.first_query + lo - start, budget)
             for lo, hi, budget in cuts

@@ -8,8 +8,9 @@ backend takes over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +18,13 @@ import torch
 from sglang_tokenselect.cache_slots import CacheSlots
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.counters import Counters
+from sglang_tokenselect.device_reads import DeviceReads
 from sglang_tokenselect.gpu_buffers import GpuBuffers
 from sglang_tokenselect.gpu_decode import GpuDecode
 from sglang_tokenselect.gpu_extend import GpuExtend
+from sglang_tokenselect.gpu_mass import NO_LAYER, GpuMass
 from sglang_tokenselect.kernels.reference.positions import Rope
+from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.transfer import to_device
 from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan
 from sglang_tokenselect.runner import Graph, LayerInput, Runner
@@ -46,6 +50,7 @@ class GpuRunner(Runner):
         dense: Any = None,
         dense_in_all_forwards: bool = False,
         rope: Rope | None = None,
+        sampled_layers: Sequence[Callable[[], LayerInput]] = (),
     ) -> None:
         """
         Args:
@@ -55,11 +60,15 @@ class GpuRunner(Runner):
             dense: an AttentionBackend for what attends to everything; None: this runner attends to it.
             dense_in_all_forwards: some layers always need it.
             rope: in compact mode, its table in float32.
+            sampled_layers: what each of `layer_ids` reads now, for samples of attention mass; none: no samples.
         """
+        super().__init__(config)
         self.dense, self.selects = dense, False
-        self._config, self._layer_ids, self._caches = config, frozenset(layer_ids), buffers.caches
+        self._layer_ids, self._caches = frozenset(layer_ids), buffers.caches
         self._dense_in_all_forwards = dense_in_all_forwards
-        self._counters, self._slots = Counters(), CacheSlots(config.cache_requests)
+        self._slots, self._counts = CacheSlots(config.cache_requests), DeviceReads()
+        self._mass = GpuMass(config, buffers.caches, buffers.probe, req_to_token, sampled_layers)
+        self._dense_slots = 0
         self._decode = GpuDecode(config, layer_ids, buffers, req_to_token, decode_attention, rope)
         self._extend = GpuExtend(config, buffers, req_to_token, prefill_attention, rope)
         self._current: GpuDecode | GpuExtend = self._decode
@@ -69,27 +78,36 @@ class GpuRunner(Runner):
         self._decode.reserve_graph_rows(max_rows, max_context_len)
         if self.dense is not None:
             # Only with layers that are always dense has a graph of `dense` requests beyond dense_len.
-            longest = max_context_len if self._dense_in_all_forwards else self._config.window.dense_len
+            longest = max_context_len if self._dense_in_all_forwards else self.config.window.dense_len
+            self._dense_slots = max_rows * min(longest, max_context_len)
             self.dense.reserve_graph_rows(max_rows, min(longest, max_context_len))
 
     def warm_up(self, layer: LayerInput) -> None:
         """See GpuExtend.warm_up. The kernels of decode are compiled when graphs are captured."""
         self._extend.warm_up(layer)
 
-    def decode_selects(self, seq_lens: Sequence[int]) -> bool:
-        return max(seq_lens, default=0) > self._config.window.dense_len
-
-    def fits_graph(self, seq_lens: Sequence[int]) -> bool:
-        """A graph selects in one part, if it does."""
-        return not self.decode_selects(seq_lens) or self._decode.count_parts(seq_lens) == 1
+    def fits_graph(self, seq_lens: Sequence[int], windows: Sequence[Window | None] = ()) -> bool:
+        is_delegated = self.dense is not None and not self.decode_selects(seq_lens, windows)
+        if (is_delegated or self._dense_in_all_forwards) and sum(seq_lens) > self._dense_slots:
+            return False
+        all_windows = [own or self.decode_window for _, own in zip_longest(seq_lens, windows)]
+        return is_delegated or self._decode.fits_graph(seq_lens, all_windows)
 
     def delegates(self, layer_id: int) -> bool:
         return self._delegated or layer_id not in self._layer_ids
 
     def report(self) -> Counters:
-        """Counters so far, those of the device included; waits for the device."""
-        reuses, votes = self._caches.counters.sum(0).tolist()
-        return replace(self._counters, reuses=reuses, votes=votes)
+        """Waits for the device."""
+        self._count_on_device(*self._caches.counters.sum(0).tolist())
+        return self.counters
+
+    def refresh_counters(self) -> None:
+        for counts in self._counts.finished():
+            self._count_on_device(*counts)
+        self._counts.start(self._caches.counters.sum(0))
+
+    def _count_on_device(self, reuses: int, votes: int) -> None:
+        self.counters = replace(self.counters, reuses=reuses, votes=votes)
 
     def begin(
         self, plan: ForwardPlan, forward_batch: ForwardBatch, graph: Graph = Graph.NONE, *, selects: bool | None = None
@@ -108,33 +126,38 @@ class GpuRunner(Runner):
 
     def _begin_decode(self, plan: ForwardPlan, forward_batch: ForwardBatch, graph: Graph, selects: bool | None) -> None:
         seq_lens = [request.seq_len for request in plan.requests]
-        self.selects = self.decode_selects(seq_lens) if selects is None else selects
+        own = [request.window for request in plan.requests]
+        self.selects = self.decode_selects(seq_lens, own) if selects is None else selects
         self._delegated = self.dense is not None and not self.selects
-        self._counters.count_decode(plan, self._config.window)
-        cache_slots = self._lend_entries(plan)
+        self.counters.count_decode(plan, self.decode_window)
+        windows = [self.decode_window_of(request) for request in plan.requests]
+        cache_slots = self._lend_entries(plan, windows)
+        self._mass.measure(plan.requests)
+        self.masses += self._mass.take()
         if not self._delegated:
             self._current = self._decode
-            self._decode.begin(seq_lens, cache_slots, forward_batch, graph)
+            probed = NO_LAYER if graph is Graph.CAPTURE else self._mass.choose(plan.requests, windows, cache_slots)
+            self._decode.begin(seq_lens, windows, cache_slots, self.effort, probed, forward_batch, graph)
 
-    def _lend_entries(self, plan: ForwardPlan) -> list[int]:
+    def _lend_entries(self, plan: ForwardPlan, windows: Sequence[Window]) -> list[int]:
         """The entry of the selection cache of each row; -1: none, or none needed."""
-        is_sparse = [request.seq_len > self._config.window.dense_len for request in plan.requests]
+        is_sparse = [request.seq_len > window.dense_len for request, window in zip(plan.requests, windows, strict=True)]
         rows = [request.req_pool_idx for request, sparse in zip(plan.requests, is_sparse, strict=True) if sparse]
         lent, fresh = self._slots.lend(rows)
         if fresh:
             self._caches.forget(to_device(torch.tensor(fresh), self._caches.seq_len.device))
-        self._counters.uncached_queries += lent.count(-1)
+        self.counters.uncached_queries += lent.count(-1)
         entries = iter(lent)
         return [next(entries) if sparse else -1 for sparse in is_sparse]
 
     def _begin_extend(self, plan: ForwardPlan) -> None:
         self._slots.release([request.req_pool_idx for request in plan.requests])
-        blocks = self._extend.cut(plan.requests)
+        blocks = self._extend.cut(plan.requests, [self.extend_window_of(request) for request in plan.requests])
         sparse = [block for block in blocks if not block.is_dense]
         self.selects = len(sparse) > 0
         self._delegated = self.dense is not None and not self.selects
         # SGLang captures prefill graphs with requests of no row of their own.
-        self._counters.block_votes += sum(block.req_pool_idx != PADDING_ROW for block in sparse) * len(self._layer_ids)
+        self.counters.block_votes += sum(block.req_pool_idx != PADDING_ROW for block in sparse) * len(self._layer_ids)
         if not self._delegated:
             self._current = self._extend
             self._extend.begin(blocks)

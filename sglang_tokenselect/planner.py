@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sglang_tokenselect.kernels.reference.window import Window
+
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -26,12 +28,14 @@ class RequestPlan:
         seq_len: its cached tokens, those of this forward included.
         first_query: where its queries begin in the forward's query tensor.
         num_queries: 1 in decode.
+        window: of a request with options of its own; None: as configured, in decode as the effort level says.
     """
 
     req_pool_idx: int
     seq_len: int
     first_query: int
     num_queries: int
+    window: Window | None = None
 
     @property
     def prefix_len(self) -> int:
@@ -46,21 +50,36 @@ class ForwardPlan:
     requests: tuple[RequestPlan, ...]
 
 
-def plan_forward(forward_batch: ForwardBatch, rows: Sequence[int] | None = None) -> ForwardPlan:
+@dataclass(frozen=True)
+class StagedRequests:
+    """What the scheduler told about the requests of a forward, in batch order, without padding.
+
+    Attributes:
+        rows: `req_pool_indices` on the host.
+        windows: see RequestPlan.window.
+    """
+
+    rows: Sequence[int]
+    windows: Sequence[Window | None]
+
+
+def plan_forward(forward_batch: ForwardBatch, staged: StagedRequests | None = None) -> ForwardPlan:
     """Reads the batch's host-side lengths.
 
     Args:
-        rows: `req_pool_indices` on the host, without padding. None reads them from the batch, which waits
-            for the device: only where SGLang's scheduler did not tell them (warm-up, unit tests).
+        staged: None reads the rows from the batch, which waits for the device: only where SGLang's scheduler did not
+            tell them (warm-up, unit tests).
     """
     is_decode = forward_batch.forward_mode.is_decode()
-    if rows is None:
+    if staged is None:
         rows = forward_batch.req_pool_indices.tolist()
+        staged = StagedRequests(rows, [None] * len(rows))
     seq_lens = forward_batch.seq_lens_cpu.tolist()
-    rows = [*rows, *[PADDING_ROW] * (len(seq_lens) - len(rows))]
+    padding = len(seq_lens) - len(staged.rows)
+    rows, windows = [*staged.rows, *[PADDING_ROW] * padding], [*staged.windows, *[None] * padding]
     lengths = [1] * len(rows) if is_decode else list(forward_batch.extend_seq_lens_cpu)
     requests, first_query = [], 0
-    for row, seq_len, num_queries in zip(rows, seq_lens, lengths, strict=True):
-        requests.append(RequestPlan(row, seq_len, first_query, num_queries))
+    for row, seq_len, num_queries, window in zip(rows, seq_lens, lengths, windows, strict=True):
+        requests.append(RequestPlan(row, seq_len, first_query, num_queries, window))
         first_query += num_queries
     return ForwardPlan(is_decode, tuple(requests))

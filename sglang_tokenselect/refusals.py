@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sglang_tokenselect import compat
@@ -181,8 +182,9 @@ def _check_gpu_options(config: TokenSelectConfig) -> None:
 
     if untested := compat.untested_on_gpus():
         raise Refusal(*untested, "others were not tested with a GPU")
-    if config.budget > MAX_BUDGET:
-        raise Refusal("budget", f"at most {MAX_BUDGET} on a GPU", config.budget)
+    if config.largest_budget > MAX_BUDGET:
+        name = "budget" if config.max_budget is None else "max_budget"
+        raise Refusal(name, f"at most {MAX_BUDGET} on a GPU", config.largest_budget)
     try:
         count_rows_per_block(config.block, config.sub_block)
     except ValueError as error:
@@ -219,7 +221,8 @@ def _check_compact(hf_config: Any, config: TokenSelectConfig) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise Refusal("positions=compact", "a plain RoPE (no scaling)", f"rope_type={kind}")
-    longest, trained = config.window.dense_len + config.block, hf_config.max_position_embeddings
+    window = replace(config.window, budget=config.largest_budget)
+    longest, trained = window.dense_len + config.block, hf_config.max_position_embeddings
     if longest > trained:
-        sizes = "min_len + block" if config.window.min_len > config.window.size else "sink + budget + local + block"
+        sizes = "min_len + block" if window.min_len > window.size else "sink + budget (or max_budget) + local + block"
         raise Refusal(sizes, f"at most the trained length {trained} with compact positions", longest)

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.counters import Counters
-from sglang_tokenselect.planner import ForwardPlan
+from sglang_tokenselect.effort import Effort, effort_at
+from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.planner import ForwardPlan, RequestPlan
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -56,12 +60,35 @@ class Runner:
     """Selection and attention of one model. What is the same without graphs and without delegation is here.
 
     Attributes:
+        config: as the server was started.
+        counters: so far, as far as they are known on the host; a GPU's own as of the last `refresh_counters`.
+        masses: samples of attention mass that nobody took yet (see kernels/reference/mass.py): the chosen tokens' share
+            of the candidates', and the attended tokens' share of all.
+        effort: of decode steps from the next one on.
+        decode_window: of decode queries of requests without a window of their own, at this effort.
         dense: an AttentionBackend for what is delegated; None where nothing is.
         selects: whether any request of the current forward may select.
     """
 
     dense: Any = None
     selects: bool = True
+
+    def __init__(self, config: TokenSelectConfig) -> None:
+        self.config, self.counters = config, Counters()
+        self.masses: list[tuple[float, float]] = []
+        self.set_effort(effort_at(config, 0))
+
+    def set_effort(self, effort: Effort) -> None:
+        """Costs nothing on the device: the numbers travel with the next step, kept selections are cut by rank."""
+        self.effort = effort
+        self.decode_window = replace(self.config.window, budget=effort.budget)
+
+    def decode_window_of(self, request: RequestPlan) -> Window:
+        return request.window or self.decode_window
+
+    def extend_window_of(self, request: RequestPlan) -> Window:
+        """Whatever the effort: the radix cache keeps what prefill writes, and would serve a busy minute's for hours."""
+        return request.window or self.config.window
 
     def begin(
         self, plan: ForwardPlan, forward_batch: ForwardBatch, graph: Graph = Graph.NONE, *, selects: bool | None = None
@@ -85,8 +112,16 @@ class Runner:
         raise NotImplementedError
 
     def report(self) -> Counters:
-        """Counters so far."""
-        raise NotImplementedError
+        """Counters so far; may wait for the device."""
+        return self.counters
+
+    def take_masses(self) -> list[tuple[float, float]]:
+        """Samples since the last call."""
+        masses, self.masses = self.masses, []
+        return masses
+
+    def refresh_counters(self) -> None:
+        """Has the device send its counters, without waiting for them."""
 
     def delegates(self, layer_id: int) -> bool:
         """Whether `dense` attends in this layer of the current forward."""
@@ -95,10 +130,14 @@ class Runner:
     def reserve_graph_rows(self, max_rows: int, max_context_len: int) -> None:
         """Memory for CUDA graphs of up to `max_rows` requests; those captured before are not replayed again."""
 
-    def decode_selects(self, seq_lens: Sequence[int]) -> bool:
-        """Whether a decode step of requests of such lengths has to select at all."""
-        return True
+    def decode_selects(self, seq_lens: Sequence[int], windows: Sequence[Window | None] = ()) -> bool:
+        """Whether a decode step of such requests has to select at all.
 
-    def fits_graph(self, seq_lens: Sequence[int]) -> bool:
-        """Whether a captured graph can serve such a decode step."""
+        Args:
+            windows: see RequestPlan.window; None for all that are not there.
+        """
+        return any(n > (own or self.decode_window).dense_len for n, own in zip_longest(seq_lens, windows))
+
+    def fits_graph(self, seq_lens: Sequence[int], windows: Sequence[Window | None] = ()) -> bool:
+        """Whether a captured graph can serve such a decode step; for the arguments see decode_selects."""
         return False

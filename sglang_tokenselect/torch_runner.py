@@ -6,18 +6,21 @@ The semantics are in `kernels/reference/`; this file only leads each request of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from sglang_tokenselect.config import TokenSelectConfig
-from sglang_tokenselect.counters import Counters
 from sglang_tokenselect.kernels.reference.attention import attend_positions
 from sglang_tokenselect.kernels.reference.cache import CachedSelection
 from sglang_tokenselect.kernels.reference.decode import select_for_query
 from sglang_tokenselect.kernels.reference.kv import RequestKV
+from sglang_tokenselect.kernels.reference.mass import candidate_mass
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.kernels.reference.prefill import cut_blocks, first_sparse_position, select_for_block
+from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.mass_sampling import MassSampling
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
 from sglang_tokenselect.runner import Graph, LayerInput, Runner
 
@@ -25,32 +28,44 @@ from sglang_tokenselect.runner import Graph, LayerInput, Runner
 class TorchRunner(Runner):
     """Runs the layers of one model. Keeps the selection cache, keyed by `req_pool_idx` and layer."""
 
-    def __init__(self, config: TokenSelectConfig, req_to_token: torch.Tensor, ropes: dict[int, Rope]) -> None:
+    def __init__(
+        self,
+        config: TokenSelectConfig,
+        req_to_token: torch.Tensor,
+        ropes: dict[int, Rope],
+        sampled_layers: Sequence[int] = (),
+    ) -> None:
         """
         Args:
             req_to_token: [num_rows, max_context_len] int32, the slot of each position of each row.
             ropes: per layer_id in compact mode, empty in absolute mode.
+            sampled_layers: layer_ids that samples of attention mass are taken of; they select.
         """
-        self.config = config
-        self.counters = Counters()
+        super().__init__(config)
         self._req_to_token = req_to_token
         self._ropes = ropes
         self._cached: dict[int, dict[int, CachedSelection]] = {}
         self._plan = ForwardPlan(is_decode=True, requests=())
+        self._sampled_layers = sampled_layers
+        self._sampling = MassSampling(config.mass_every, len(sampled_layers))
+        self._sampled: tuple[int, RequestPlan] | None = None
 
     def begin(
         self, plan: ForwardPlan, forward_batch: Any = None, graph: Graph = Graph.NONE, *, selects: bool | None = None
     ) -> None:
         """A prefill ends what is cached for its rows, whoever had them before."""
-        self._plan = plan
+        self._plan, self._sampled = plan, None
         if plan.is_decode:
-            self.counters.count_decode(plan, self.config.window)
+            self.counters.count_decode(plan, self.decode_window)
+            self._choose_sample(plan)
         else:
             for request in plan.requests:
                 self._cached.pop(request.req_pool_idx, None)
 
-    def report(self) -> Counters:
-        return self.counters
+    def _choose_sample(self, plan: ForwardPlan) -> None:
+        sparse = [request for request in plan.requests if request.seq_len > self.decode_window_of(request).dense_len]
+        if (chosen := self._sampling.choose(len(sparse))) is not None:
+            self._sampled = self._sampled_layers[chosen[0]], sparse[chosen[1]]
 
     def run(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
         out = torch.empty_like(query)
@@ -63,32 +78,54 @@ class TorchRunner(Runner):
         return out
 
     def _decode(self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan) -> torch.Tensor:
-        window = self.config.window
+        window = self.decode_window_of(request)
         if self._is_dense(layer) or request.seq_len <= window.dense_len:
             return self._attend(query, kv, slice(None), layer)
-        selection = self._selection(query[0], kv, layer, request)
+        selection = self._selection(query[0], kv, layer, request, window)
         age = request.seq_len - selection.seq_len
-        return self._attend(query, kv, window.positions(selection.ranked, request.seq_len, age=age), layer)
+        positions = window.positions(selection.ranked, request.seq_len, age=age)
+        if self._sampled == (layer.layer_id, request):
+            self._sample_mass(query[0], kv, positions, layer)
+        return self._attend(query, kv, positions, layer)
+
+    def _sample_mass(self, query: torch.Tensor, kv: RequestKV, positions: torch.Tensor, layer: LayerInput) -> None:
+        window = self.config.window
+        if (rope := self._ropes.get(layer.layer_id)) is not None:  # as it is scored
+            query = rope.rotate(query.unsqueeze(0), torch.tensor([window.num_local], device=query.device))[0]
+        is_chosen = torch.zeros(len(kv), dtype=torch.bool, device=query.device)
+        is_chosen[positions] = True
+        shares = candidate_mass(
+            query,
+            layer.key_pool,
+            kv.slots,
+            is_chosen,
+            num_sink=window.num_sink,
+            num_local=window.num_local,
+            scaling=layer.scaling,
+            logit_cap=layer.logit_cap,
+        )
+        self.masses.append(tuple(shares.tolist()))
 
     def _selection(
-        self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan
+        self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan, window: Window
     ) -> CachedSelection:
-        config, rows = self.config, self._cached.setdefault(request.req_pool_idx, {})
+        effort, rows = self.effort, self._cached.setdefault(request.req_pool_idx, {})
         cached = rows.get(layer.layer_id)
         if cached is not None and cached.serves(
-            query, request.seq_len, config.window, theta=config.theta, max_reuse=config.max_reuse
+            query, request.seq_len, window, theta=effort.theta, max_reuse=effort.max_reuse
         ):
-            self.counters.reuses += config.budget > 0
+            self.counters.reuses += window.budget > 0
             return cached
         rope = self._ropes.get(layer.layer_id)
-        ranked = select_for_query(query, kv, config.window, rope=rope, vote_scale=config.vote_scale)
-        self.counters.votes += config.budget > 0
+        ranked = select_for_query(query, kv, window, rope=rope, vote_scale=self.config.vote_scale)
+        self.counters.votes += window.budget > 0
         rows[layer.layer_id] = CachedSelection(query.clone(), ranked, request.seq_len)
         return rows[layer.layer_id]
 
     def _extend(self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan) -> torch.Tensor:
         config, start, end = self.config, request.prefix_len, request.seq_len
-        sparse = end if self._is_dense(layer) else first_sparse_position(start, end, config.block, config.window)
+        window = self.extend_window_of(request)
+        sparse = end if self._is_dense(layer) else first_sparse_position(start, end, config.block, window)
         out = torch.empty_like(query)
         if sparse > start:
             out[: sparse - start] = self._attend(query[: sparse - start], kv, slice(0, sparse), layer)
@@ -96,7 +133,7 @@ class TorchRunner(Runner):
             candidates = self._block_candidates(kv, end)
             for lo, hi in cut_blocks(sparse, end, config.block):
                 block = query[lo - start : hi - start]
-                positions = self._block_positions(block, candidates, lo, hi, layer)
+                positions = self._block_positions(block, candidates, lo, hi, layer, window)
                 out[lo - start : hi - start] = self._attend(block, kv, positions, layer)
         return out
 
@@ -106,14 +143,14 @@ class TorchRunner(Runner):
         return keys.to(torch.promote_types(keys.dtype, torch.float32))
 
     def _block_positions(
-        self, query: torch.Tensor, candidates: torch.Tensor, lo: int, hi: int, layer: LayerInput
+        self, query: torch.Tensor, candidates: torch.Tensor, lo: int, hi: int, layer: LayerInput, window: Window
     ) -> torch.Tensor:
         config = self.config
         ranked = select_for_block(
             query,
             candidates,
             lo,
-            config.window,
+            window,
             sub_block=config.sub_block,
             combine=config.combine,
             rope=self._ropes.get(layer.layer_id),
@@ -121,7 +158,7 @@ class TorchRunner(Runner):
         )
         self.counters.block_votes += 1
         own = torch.arange(lo, hi, device=query.device)
-        return torch.cat([config.window.positions(ranked, lo), own])
+        return torch.cat([window.positions(ranked, lo), own])
 
     def _attend(self, query: torch.Tensor, kv: RequestKV, positions, layer: LayerInput) -> torch.Tensor:
         rope = self._ropes.get(layer.layer_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -21,12 +22,15 @@ pytest.importorskip("sglang.kernels.ops.kvcache.kv_indices", reason="GPUs are se
 
 from sglang_tokenselect import gpu_buffers
 from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.effort import effort_at
 from sglang_tokenselect.gpu_buffers import GpuBuffers
 from sglang_tokenselect.gpu_runner import GpuRunner
 from sglang_tokenselect.kernels.reference import prefill
 from sglang_tokenselect.kernels.reference.positions import Rope
+from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.model_shape import ModelShape
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
+from sglang_tokenselect.request_options import RequestOptions
 from sglang_tokenselect.runner import Graph, LayerInput
 from sglang_tokenselect.torch_runner import TorchRunner
 
@@ -84,7 +88,8 @@ class Pair:
         if self.config.is_compact:
             table = Rope.from_theta(ROPE_THETA, head_dim, self.max_len).cos_sin_cache
             rope = RoundingRope(table.to(DEVICE), theta=ROPE_THETA, stored=dtype)
-        self.expected = TorchRunner(self.config, self.req_to_token, dict.fromkeys(LAYERS, rope) if rope else {})
+        ropes = dict.fromkeys(LAYERS, rope) if rope else {}
+        self.expected = TorchRunner(self.config, self.req_to_token, ropes, LAYERS)
         self.actual = self._make_gpu_runner(rope, **(delegate or {}))
 
     def _make_gpu_runner(self, rope: Rope | None, **delegate) -> GpuRunner:
@@ -100,7 +105,14 @@ class Pair:
                 DecodeAttention(spec, workspace, buffers.int_workspace, MAX_ROWS),
                 PrefillAttention(spec, workspace),
             )
-        return GpuRunner(self.config, LAYERS, buffers, self.req_to_token, *attentions, rope=rope, **delegate)
+        sampled = [partial(self.layer, i, self.pools) for i in range(len(LAYERS))]
+        return GpuRunner(
+            self.config, LAYERS, buffers, self.req_to_token, *attentions, rope=rope, sampled_layers=sampled, **delegate
+        )
+
+    def set_level(self, level: int) -> None:
+        for runner in (self.expected, self.actual):
+            runner.set_effort(effort_at(self.config, level))
 
     def layer(self, index: int, pools: torch.Tensor) -> LayerInput:
         scaling = self.head_dim**-0.5
@@ -162,9 +174,9 @@ class Graphs:
         self.rows[:count] = torch.tensor([r.req_pool_idx for r in plan.requests])
         self.seq_lens[:count] = torch.tensor([r.seq_len for r in plan.requests])
         self.queries[:, :count] = queries
-        seq_lens = [request.seq_len for request in plan.requests]
-        assert self.pair.actual.fits_graph(seq_lens)
-        selects = self.pair.actual.decode_selects(seq_lens)
+        lengths = [r.seq_len for r in plan.requests], [r.window for r in plan.requests]
+        assert self.pair.actual.fits_graph(*lengths)
+        selects = self.pair.actual.decode_selects(*lengths)
         padded = ForwardPlan(True, (*plan.requests, *padding))
         self.pair.actual.begin(padded, self._batch(batch_size), Graph.REPLAY)
         assert self.pair.actual.selects == selects
@@ -183,6 +195,7 @@ class Traffic:
         self.errors = {True: [], False: []}
         self.dense_errors: list[float] = []
         self.lengths: dict[int, int] = {}
+        self.windows: dict[int, Window] = {}
         self.last_query: dict[int, torch.Tensor] = {}
 
     def randn(self, *shape: int) -> torch.Tensor:
@@ -196,7 +209,7 @@ class Traffic:
             start = self.lengths.get(row, 0)
             self._store(row, start, count)
             self.lengths[row] = start + count
-            requests.append(RequestPlan(row, start + count, first, count))
+            requests.append(RequestPlan(row, start + count, first, count, self.windows.get(row)))
             queries.append(self._block_queries(start, count))
             first += count
         plan, queries = ForwardPlan(False, tuple(requests)), torch.cat(queries, dim=1)
@@ -210,7 +223,7 @@ class Traffic:
             start = self.lengths[row]
             self._store(row, start, 1)
             self.lengths[row] = start + 1
-            requests.append(RequestPlan(row, start + 1, len(requests), 1))
+            requests.append(RequestPlan(row, start + 1, len(requests), 1, self.windows.get(row)))
             queries.append(self._next_query(row, similar))
         plan, queries = ForwardPlan(True, tuple(requests)), torch.cat(queries, dim=1)
         if self.graphs is not None:
@@ -270,12 +283,12 @@ class Traffic:
 
     def _selecting(self, request: RequestPlan, is_decode: bool) -> torch.Tensor:
         """[num_queries] bool."""
-        config = self.pair.config
+        runner, block = self.pair.expected, self.pair.config.block
         if is_decode:
-            return torch.tensor([request.seq_len > config.window.dense_len])
+            return torch.tensor([request.seq_len > runner.decode_window_of(request).dense_len])
         position = torch.arange(request.prefix_len, request.seq_len)
-        start = torch.clamp(position // config.block * config.block, min=request.prefix_len)
-        return start > config.window.dense_len
+        start = torch.clamp(position // block * block, min=request.prefix_len)
+        return start > runner.extend_window_of(request).dense_len
 
     def check(self) -> None:
         assert max(self.dense_errors, default=0) < TOLERANCE
@@ -312,6 +325,31 @@ def run_traffic(pair: Pair, *, graphs: bool = False, seed: int = 0) -> None:
     assert actual.reuses > 0 and actual.votes > 0 and actual.block_votes > 0
 
 
+def run_levels(pair: Pair, *, graphs: bool = False) -> None:
+    """Requests with and without options of their own, while the effort level goes down and up."""
+    config = pair.config
+    traffic = Traffic(pair, graphs=Graphs(pair) if graphs else None)
+    for row, options in ((2, RequestOptions(budget=config.largest_budget)), (3, RequestOptions(is_dense=True))):
+        traffic.windows[row] = options.window(config)
+    traffic.extend((1, 120), (2, 130), (3, 61), (4, 2))
+    for level in 2 * (0, 0, 1, 4, 4, 3, -1, -1, 0, 2):
+        pair.set_level(level)
+        traffic.decode(1, 2, 3, 4, similar=True)
+    traffic.check()
+    expected, actual = pair.expected.report(), pair.actual.report()
+    assert actual == expected
+    assert actual.reuses > 0 and actual.dense_queries > 20
+    check_masses(pair)
+
+
+def check_masses(pair: Pair) -> None:
+    """The GPU's samples are those of the reference, one step later."""
+    expected, actual = (torch.tensor(runner.take_masses()) for runner in (pair.expected, pair.actual))
+    assert len(expected) == len(actual) + 1 > 5
+    assert expected.min() > 0 and expected[:, 0].max() < 1
+    assert (expected[:-1] - actual).abs().max() < TOLERANCE
+
+
 OPTIONS = {
     "absolute": {},
     "compact": {"positions": "compact"},
@@ -332,6 +370,20 @@ def test_the_runners_agree(options):
         assert pair.actual.report().reuses == pair.expected.report().reuses == 0
     else:
         run_traffic(Pair(**options))
+
+
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_levels_and_own_budgets(positions):
+    run_levels(Pair(positions=positions, max_budget=2 * SMALL["budget"], mass_every=1))
+
+
+def test_samples_of_requests_that_end_are_forgotten():
+    pair = Pair(mass_every=1)
+    traffic = Traffic(pair)
+    traffic.extend((1, 100), (2, 100))
+    for rows in ((1,), (2,), (1,), (1,)):
+        traffic.decode(*rows, similar=True)
+    assert len(pair.actual.take_masses()) == 1
 
 
 def small_scratch(monkeypatch) -> None:
@@ -462,6 +514,13 @@ GPU_MODELS = {
 @pytest.mark.parametrize("model", GPU_MODELS.values(), ids=GPU_MODELS.keys())
 def test_the_runners_agree_on_a_gpu(model, positions, graphs):
     run_traffic(Pair(positions=positions, **model), graphs=graphs)
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_levels_on_a_gpu(positions, graphs):
+    run_levels(Pair(positions=positions, max_budget=2 * SMALL["budget"], mass_every=1), graphs=graphs)
 
 
 @NEEDS_CUDA

@@ -11,7 +11,7 @@ from sglang_tokenselect.kernels.reference.vote import soft_vote
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.rows import SelectionRows
 from sglang_tokenselect.kernels.select_decode import select_decode
-from sglang_tokenselect.kernels.selection_cache import DecodeBatch, SelectionCache
+from sglang_tokenselect.kernels.selection_cache import DecodeBatch, Probe, SelectionCache
 from sglang_tokenselect.kernels.workspace import DecodeWorkspace, Workspace, WorkspaceLimits
 
 UNWRITTEN = -7
@@ -114,8 +114,11 @@ class DecodeStep:
         max_reuse: int = 64,
         vote_scale: float = 1.0,
         num_parts: int | None = None,
+        probe: Probe | None = None,
+        layer: int = 0,
     ) -> None:
         self.paged, self.window, self.vote_scale, self.num_parts = paged, window, vote_scale, num_parts
+        self.layer = layer
         max_budget = max_budget or max([window.budget, *(budgets or [])])
         count = len(paged)
 
@@ -130,6 +133,7 @@ class DecodeStep:
             kv_indptr=ints([0] * (count + 1)),
             theta=torch.tensor([theta], device=DEVICE),
             max_reuse=ints([max_reuse]),
+            probe=probe,
         )
         self.workspace = paged.workspace(max_budget, max_candidates=max_candidates)
         self.cache = paged.cache(max_budget, max(count, 1 + max(self.batch.cache_slots.tolist())))
@@ -165,6 +169,7 @@ class DecodeStep:
             num_local=self.window.num_local,
             vote_scale=self.vote_scale,
             num_parts=self.num_parts,
+            layer=self.layer,
         )
 
     def run(self) -> list[list[int]]:

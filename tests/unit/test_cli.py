@@ -58,6 +58,42 @@ def test_bad_values_are_refused_with_what_was_expected(argv, expected, got, caps
     assert expected in error and f"got {got}" in error
 
 
+def test_monitor_and_ctl_need_no_options():
+    monitor = cli.build_parser().parse_args(["monitor"])
+    assert (monitor.endpoint, monitor.once, monitor.json, monitor.timeout) == (cli.DEFAULT_PUBLISH, False, False, 5.0)
+    ctl = cli.build_parser().parse_args(["ctl", "get"])
+    assert (ctl.endpoint, ctl.json, ctl.timeout, ctl.command) == (cli.DEFAULT_CONTROL, False, 5.0, "get")
+
+
+def test_ctl_settings_have_their_options_types():
+    texts = ("policy=slo", "level=2", "itl_target_ms=9", "min_mass=none")
+    settings = cli.build_parser().parse_args(["ctl", "set", *texts]).settings
+    assert settings == [("policy", "slo"), ("level", 2), ("itl_target_ms", 9.0), ("min_mass", None)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected", "got"),
+    [
+        (("monitor", "localhost:30100"), "tcp://HOST:PORT or ipc:///PATH", "'localhost:30100'"),
+        (("monitor", "--timeout", "0"), "seconds above 0", "'0'"),
+        (("monitor", "--timeout", "inf"), "up to 86400", "'inf'"),
+        (("ctl", "--endpoint", "udp://127.0.0.1:1", "get"), "tcp://HOST:PORT or ipc:///PATH", "'udp://127.0.0.1:1'"),
+        (("ctl", "set", "budget=1"), "NAME=VALUE with a name of policy, level,", "'budget=1'"),
+        (("ctl", "set", "level"), "a value of type int", "'level'"),
+        (("ctl", "set", "level=two"), "a value of type int", "'level=two'"),
+        (("ctl", "set", "level=none"), "an integer", "None"),
+        (("ctl", "set", "itl_target_ms=nan"), "a finite number", "nan"),
+        (("ctl", "set", "policy=best"), "one of fixed, load, slo", "'best'"),
+    ],
+)
+def test_bad_values_of_monitor_and_ctl_are_refused(argv, expected, got, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.build_parser().parse_args(argv)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert expected in error and f"got {got}" in error
+
+
 def test_no_command_is_an_error():
     with pytest.raises(SystemExit):
         cli.build_parser().parse_args([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -28,6 +29,27 @@ BAD = [
     ({"dense_layers": (-1,)}, "dense_layers: expected layer numbers from 0 on"),
     ({"positions": "compact", "dense_layers": (0,)}, "dense_layers: expected none with positions=compact"),
     ({"budgte": 3}, "option: expected one of budget, sink"),
+    ({"max_budget": 100}, "max_budget: expected at least budget=2048, got 100"),
+    ({"min_budget": 4096}, "min_budget: expected at most budget=2048, got 4096"),
+    ({"policy": "fast"}, "policy: expected one of fixed, load, slo, got 'fast'"),
+    ({"policy": "slo"}, "itl_target_ms: expected a number with policy=slo, got None"),
+    ({"itl_target_ms": 0}, "itl_target_ms: expected above 0, got 0"),
+    ({"itl_target_ms": "9"}, "itl_target_ms: expected a finite number, got '9'"),
+    ({"level": 5}, "level: expected at most 4, got 5"),
+    ({"min_mass": 1.5}, "min_mass: expected at most 1, got 1.5"),
+    ({"min_mass": 0.5, "mass_every": 0}, "mass_every: expected at least 1 with min_mass, got 0"),
+    ({"allow_remote": 1}, "allow_remote: expected true or false, got 1"),
+    ({"publish": 5}, "publish: expected a string, got 5"),
+    ({"publish": "127.0.0.1:5"}, "publish: expected tcp://HOST:PORT or ipc:///PATH, got '127.0.0.1:5'"),
+    ({"control": "tcp://127.0.0.1"}, "control: expected tcp://HOST:PORT"),
+    ({"control": "tcp://127.0.0.1:65536"}, "control: expected tcp://HOST:PORT"),
+    ({"budget": 10**400}, "budget: expected an integer"),
+    ({"theta": 10**400}, "theta: expected a finite number"),
+    (
+        {"control": "tcp://0.0.0.0:5"},
+        "control: expected a host of 127.0.0.1, .*, or allow_remote, got 'tcp://0.0.0.0:5'",
+    ),
+    ({"publish": "tcp://*:5"}, "publish: expected a host of 127.0.0.1"),
 ]
 
 
@@ -40,6 +62,12 @@ def test_impossible_values_are_named(options, message):
 def test_options_that_are_no_mapping_are_named():
     with pytest.raises(ConfigError, match="options: expected a dict or TokenSelectConfig, got 4096"):
         TokenSelectConfig.from_options(4096)
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:5", "tcp://localhost:5", "tcp://[::1]:5", "ipc:///tmp/x"])
+def test_endpoints_of_this_machine_pass(endpoint):
+    assert TokenSelectConfig(publish=endpoint, control=endpoint).publish == endpoint
+    assert TokenSelectConfig(publish="tcp://*:5", allow_remote=True).publish == "tcp://*:5"
 
 
 def test_defaults_are_those_of_the_spec():
@@ -59,7 +87,7 @@ def test_every_option_is_a_flag_with_its_default_in_the_help():
     flags.add_flags(parser)
     shown = parser.format_help()
     for option in fields(TokenSelectConfig):
-        assert f"--tokenselect-{option.name.replace('_', '-')} " in shown
+        assert re.search(rf"--tokenselect-{option.name.replace('_', '-')}\s", shown)
     assert "(default: 2048)" in shown
 
 
@@ -74,6 +102,8 @@ def test_flags_of_each_kind():
         *("--tokenselect-positions", "compact", "--tokenselect-dense-layers", "0,1,30-31"),
     )
     assert given == {"sub_block": 8, "theta": 0.5, "positions": "compact", "dense_layers": (0, 1, 30, 31)}
+    given = parse("--tokenselect-allow-remote", "--tokenselect-min-mass", "1", "--tokenselect-publish", "tcp://*:5")
+    assert given == {"allow_remote": True, "min_mass": 1.0, "publish": "tcp://*:5"}
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.gpu_buffers import GpuBuffers, graph_index_slots, reserved_bytes
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.model_shape import ModelShape, common_logit_cap, sliding_layers
-from sglang_tokenselect.patches import forward_rows, kv_budget
+from sglang_tokenselect.patches import forward_requests, kv_budget
 from sglang_tokenselect.patches.rope import common_rope
-from sglang_tokenselect.planner import PADDING_ROW, plan_forward
+from sglang_tokenselect.planner import PADDING_ROW, StagedRequests, plan_forward
 from sglang_tokenselect.refusals import Refusal
 
 
@@ -26,9 +26,11 @@ def decode_batch(seq_lens, rows=None):
 
 
 def test_rows_that_were_told_are_those_of_the_plan_and_padding_has_none():
-    plan = plan_forward(decode_batch([9, 5, 1, 1]), rows=[7, 3])
+    own = TokenSelectConfig(budget=5).window
+    plan = plan_forward(decode_batch([9, 5, 1, 1]), StagedRequests([7, 3], [None, own]))
     assert [request.req_pool_idx for request in plan.requests] == [7, 3, PADDING_ROW, PADDING_ROW]
     assert [request.seq_len for request in plan.requests] == [9, 5, 1, 1]
+    assert [request.window for request in plan.requests] == [None, own, None, None]
 
 
 def test_rows_that_were_not_told_come_from_the_batch():
@@ -37,10 +39,10 @@ def test_rows_that_were_not_told_come_from_the_batch():
 
 def test_the_hook_tells_the_backend_that_listens():
     told = []
-    batch = SimpleNamespace(req_pool_indices_cpu=torch.tensor([5, 6]))
-    for backend in (SimpleNamespace(stage_rows=told.append), SimpleNamespace()):
-        forward_rows._stage_rows(None, object, batch, SimpleNamespace(attn_backend=backend))
-    assert told == [[5, 6]]
+    batch = SimpleNamespace(req_pool_indices_cpu=torch.tensor([5, 6]), reqs=["one", "other"])
+    for backend in (SimpleNamespace(stage_requests=lambda *args: told.append(args)), SimpleNamespace()):
+        forward_requests._stage(None, object, batch, SimpleNamespace(attn_backend=backend))
+    assert told == [([5, 6], ["one", "other"])]
 
 
 MODEL = SimpleNamespace(

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the effort hooks cost the scheduler's thread in each decode step, in microseconds. Needs no GPU.
+
+    python bench/load/step_cost.py OUT.csv
+
+The hooks' own functions, called as SGLang's loop calls them, over a scheduler that is a stand-in: its attributes are
+plain, its KV allocator is SGLang's. Median, 20th and 80th percentile of rounds of 200 steps. `own options` are requests
+that bring a budget each. Telemetry goes to nobody, but the snapshot of each second is taken and exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, this file sees its own folder only
+
+import torch
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+
+from bench.result_file import commit, spread, write_csv
+from sglang_tokenselect import flags
+from sglang_tokenselect.backend import TokenSelectAttnBackend
+from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.patches import effort as hooks
+from sglang_tokenselect.patches import forward_requests
+from sglang_tokenselect.runner import Runner
+from sglang_tokenselect.scheduler_agent import SchedulerAgent
+
+ROUNDS, STEPS = 31, 200
+BATCHES = (1, 32, 256)
+CONFIGS = {
+    "fixed": {},
+    "load": {"policy": "load"},
+    "slo": {"policy": "slo", "itl_target_ms": 8.0},
+}
+
+
+def scheduler_of(config: TokenSelectConfig, reqs: list[Any]) -> Any:
+    """With what the agent reads of a scheduler."""
+    server_args = SimpleNamespace(attention_backend="tokenselect")
+    flags.attach(server_args, config)
+    allocator = TokenToKVPoolAllocator(100_000, dtype=torch.bfloat16, device="cpu", kvcache=None, need_sort=False)
+    batch = SimpleNamespace(reqs=reqs, is_empty=lambda: False, forward_mode=SimpleNamespace(is_decode=lambda: True))
+    return SimpleNamespace(
+        server_args=server_args,
+        metrics_collector=SimpleNamespace(labels={"model_name": "model", "tp_rank": 0}),
+        waiting_queue=[SimpleNamespace(time_stats=SimpleNamespace(wait_queue_entry_time=time.perf_counter()))],
+        last_batch=batch,
+        running_batch=batch,
+        token_to_kv_pool_allocator=allocator,
+        tree_cache=SimpleNamespace(evictable_size=lambda: 1000),
+        max_total_num_tokens=100_000,
+        request_receiver=object(),
+    )
+
+
+def measure_loop(config: TokenSelectConfig, reqs: list[Any]) -> list[float]:
+    """Microseconds of the three hooks of the scheduler's loop, in each round."""
+    scheduler = scheduler_of(config, reqs)
+    agent = SchedulerAgent(scheduler, Runner(config), is_leader=True)
+    setattr(scheduler, hooks._AGENT, agent)
+    hooks._agent_of_receiver[id(scheduler.request_receiver)] = agent
+
+    def step() -> None:
+        received: list[Any] = []
+        hooks._deliver(received, scheduler.request_receiver)
+        hooks._accept(scheduler, received)
+        hooks._observe(scheduler, scheduler.running_batch)
+
+    return rounds(step)
+
+
+def measure_staging(config: TokenSelectConfig, reqs: list[Any]) -> list[float]:
+    """Microseconds of the hook that tells the backend of a forward's requests, in each round."""
+    backend = TokenSelectAttnBackend.__new__(TokenSelectAttnBackend)
+    backend.config = config
+    model_runner = SimpleNamespace(attn_backend=backend)
+    batch = SimpleNamespace(reqs=reqs, req_pool_indices_cpu=torch.arange(1, len(reqs) + 1))
+    return rounds(lambda: forward_requests._stage(None, object, batch, model_runner))
+
+
+def rounds(step: Any) -> list[float]:
+    times = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        times.append(1e6 * (time.perf_counter() - begin) / STEPS)
+    return times
+
+
+def requests(count: int, custom_params: dict[str, Any] | None = None) -> list[Any]:
+    return [SimpleNamespace(sampling_params=SimpleNamespace(custom_params=custom_params)) for _ in range(count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT.csv")
+    options = parser.parse_args()
+    os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp())
+    rows = []
+    for batch in BATCHES:
+        for name, given in CONFIGS.items():
+            rows.append(row("loop", name, batch, measure_loop(TokenSelectConfig(**given), requests(batch))))
+        own = requests(batch, {"tokenselect": {"budget": 512}})
+        for name, reqs in (("no options", requests(batch)), ("own options", own)):
+            rows.append(row("staging", name, batch, measure_staging(TokenSelectConfig(), reqs)))
+    about = {"sglang": version("sglang"), "commit": commit(), "cpu": cpu_name()}
+    write_csv(options.out, rows, about, "python " + " ".join(sys.argv))
+
+
+def row(hook: str, case: str, batch: int, times: list[float]) -> dict[str, object]:
+    median, p20, p80 = spread(times)
+    measured = {"hook": hook, "case": case, "requests": batch, "median us": f"{median:.2f}"}
+    print(*measured.values(), sep="\t", flush=True)
+    return {**measured, "p20 us": f"{p20:.2f}", "p80 us": f"{p80:.2f}"}
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    main()
