@@ -2,9 +2,9 @@
 """The scheduler's loop: the load of each step is seen, and the effort level set between two steps.
 
 Symptom without it: the budget of decode would be the same whether the server is idle or overrun.
-Seams, met by the normal and by the overlap loop alike: `Scheduler.run_batch`, right before each forward; where the first
-rank has pulled the requests of a turn and they are about to be broadcast (`_pull_raw_reqs`); and where every rank begins
-with what was broadcast (`process_input_requests`), before it forms the next batch.
+Seams, met by the normal and by the overlap loop alike: `Scheduler.run_batch`, right before each forward;
+`_pull_raw_reqs`, where the first rank has received the requests of a turn and they are about to be broadcast; and
+`process_input_requests`, where every rank begins with what was broadcast, before it forms the next batch.
 May go when SGLang tells plugins of its scheduler's steps, and lets them broadcast.
 """
 

@@ -86,7 +86,7 @@ class TokenSelectConfig:
         above=0.0,
         maximum=1.0,
     )
-    mass_every: int = _option(64, "decode steps between two samples of that share; 0 never", minimum=0)
+    mass_every: int = _option(128, "decode steps between two samples of that share; 0 never", minimum=0)
     publish: str | None = _option(
         None, "ZMQ endpoint to publish telemetry on, such as tcp://127.0.0.1:30100 or ipc:///tmp/tokenselect"
     )

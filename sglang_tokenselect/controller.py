@@ -178,7 +178,8 @@ class Controller:
 
     def note_mass(self, share: float) -> None:
         """A sample, 0 to 1, at the present effort. If it makes the guard object, the next step has another level."""
-        self._guard.note(share, self.effort.level)
+        if 0 <= share <= 1:  # NaN is what a model of NaNs gives
+            self._guard.note(share, self.effort.level)
 
     def _notice_config(self) -> None:
         latest = self._latest

@@ -131,9 +131,10 @@ class GpuRunner(Runner):
         self._delegated = self.dense is not None and not self.selects
         self.counters.count_decode(plan, self.decode_window)
         windows = [self.decode_window_of(request) for request in plan.requests]
-        cache_slots = self._lend_entries(plan, windows)
+        # First, since entries that are lent anew are emptied.
         self._mass.measure(plan.requests)
         self.masses += self._mass.take()
+        cache_slots = self._lend_entries(plan, windows)
         if not self._delegated:
             self._current = self._decode
             probed = NO_LAYER if graph is Graph.CAPTURE else self._mass.choose(plan.requests, windows, cache_slots)

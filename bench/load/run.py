@@ -2,17 +2,17 @@
 """Real servers under load on one GPU: dense, TokenSelect, and TokenSelect with the policies that adapt its effort.
 
     python bench/load/run.py load_1.csv --servers dense fixed
-    python bench/load/run.py load_2.csv --servers load slo --itl-target-ms 8 --load-requests 16
+    python bench/load/run.py load_2.csv --servers load slo
     python bench/load/run.py smoke.csv --smoke --servers dense fixed
 
 A Llama-3-8B shape with random weights. For each server and rate, SGLang's own benchmark sends requests with Poisson
-arrivals: prompts of 16,384 to 32,768 ids and answers of 128 to 256 tokens, both uniform (the benchmark has one flag for
+arrivals: prompts of 16,384 to 32,768 ids and answers of 256 to 512 tokens, both uniform (the benchmark has one flag for
 both ranges), greedy, end of sequence ignored. One seed: all servers get the same requests at the same times. The radix
 cache is emptied before each cell. Each server is warmed up by single requests and a burst of 8 of the longest prompt.
 
-The rates, 0.2 to 1.8 requests/s, go from idle to past the 1.3 at which prefills alone fill the GPU (measured: 0.75 s
-for 24k tokens, dense). A cell has rate x 30 s requests, 6 to 54. With the benchmark's own start it takes about 45 s,
-and 65 at the highest rate; two servers and their starts take less than 10 minutes, hence two commands.
+The rates, 0.2 to 1.2 requests/s, go from idle to past saturation: prefills alone, 0.75 s for 24k tokens with dense
+attention, fill the GPU at 1.3, and all else at 1.2. A cell has rate x 30 s requests, 6 to 36, and takes 35 to 60 s; two
+servers and their starts take less than 10 minutes, hence two commands.
 
 Columns. ITL: between consecutive tokens at the client, of all answers, prefills of other requests included; a chunk of
 n tokens counts as n equal times. TTFT: from sending. requests_per_s and output_tokens_per_s: over `seconds`, from the
@@ -186,7 +186,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--duration", type=float, metavar="SECONDS", help="of arrivals in a cell, on average")
     parser.add_argument("--limit", type=float, default=120.0, metavar="SECONDS", help="end a cell that takes longer")
     parser.add_argument("--load-requests", type=int, default=16, metavar="N", help="of policy load")
-    parser.add_argument("--itl-target-ms", type=float, default=8.0, metavar="MS", help="of policy slo")
+    parser.add_argument("--itl-target-ms", type=float, default=9.0, metavar="MS", help="of policy slo")
     parser.add_argument("--quick", action="store_true", help="two short cells, to see that everything works")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, to test these scripts")
     return parser.parse_args(arguments)
@@ -201,6 +201,7 @@ def setup_of(options: argparse.Namespace) -> Setup:
 def main() -> None:
     options = parse_options()
     setup = setup_of(options)
+    client.prepare()
     report = Report(options.out, about(setup, options))
     free_before = None if options.smoke else torch.cuda.mem_get_info()[0]
     with tempfile.TemporaryDirectory() as folder:

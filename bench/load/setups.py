@@ -58,12 +58,12 @@ H200 = Setup(
     dense_backend="flashinfer",
     sparse_flags=(),
     prompt_tokens=32768,
-    output_tokens=256,
+    output_tokens=512,
     burst=8,
-    rates=(0.2, 0.6, 1.2, 1.8),
+    rates=(0.2, 0.6, 0.9, 1.2),
     duration=30.0,
 )
-QUICK = replace(H200, rates=(0.6, 1.8), duration=10.0)
+QUICK = replace(H200, rates=(0.6, 1.2), duration=10.0)
 SMOKE = Setup(
     described="a tiny Llama on the CPU, random weights: these numbers say nothing about speed",
     model={

@@ -403,6 +403,7 @@ def test_prefill_in_several_parts(monkeypatch):
 def test_decode_in_several_parts(monkeypatch):
     small_scratch(monkeypatch)
     pair = Pair(theta=0.99)
+    pair.actual.reserve_graph_rows(MAX_ROWS, pair.max_len)
     traffic = Traffic(pair)
     for row in (1, 2, 3, 4):
         traffic.extend((row, 300))

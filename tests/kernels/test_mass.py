@@ -13,7 +13,7 @@ import torch
 from accelerator import DEVICE, HAS_CUDA
 from paged import DecodeStep, PagedBatch
 
-from sglang_tokenselect.kernels.cached_positions import attended_positions, entry_serves
+from sglang_tokenselect.kernels.cached_positions import attended_positions
 from sglang_tokenselect.kernels.reference.mass import candidate_mass
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.selection_cache import Probe, SelectionCache, _begin_decode_kernel
@@ -201,7 +201,6 @@ def read_back(step: DecodeStep, row: int) -> list[int]:
     arguments = {"num_sink": step.window.num_sink, "num_local": step.window.num_local}
     slot, seq_len = int(step.batch.cache_slots[row]), int(step.batch.seq_lens[row])
     budget = int(step.batch.budgets[row])
-    assert entry_serves(step.cache, slot, seq_len, budget, **arguments)
     attended = attended_positions(step.cache, slot, seq_len, budget, **arguments)
     assert attended.shape == (seq_len,) and attended.dtype == torch.bool
     return attended.nonzero().flatten().tolist()
@@ -302,21 +301,16 @@ def test_read_back_on_a_walk(seed):
 def test_rows_that_attend_to_everything_need_no_entry(seq_len, budget):
     cache = make_step([300]).cache
     assert attended_positions(cache, 0, seq_len, budget, **ENDS).tolist() == [True] * seq_len
-    assert entry_serves(cache, 0, seq_len, budget, **ENDS)
 
 
-def test_entries_that_do_not_serve():
-    """Ended, of a later step, too old for the budget, too small for it: something in bounds, and the word for it."""
+def test_entries_of_other_steps_stay_in_bounds():
+    """Of a later step, too old for the budget, too small for it."""
     step = make_step([300], room=1, max_budget=64)
     kept = step.run()[0]
-    cases = [(299, 40, False), (300, 40, True), (300, 41, False), (301, 41, True), (302, 41, True), (302, 43, False)]
-    for seq_len, budget, serves in [*cases, (340, 40, True), (341, 40, False), (299, 30, False)]:
-        assert bool(entry_serves(step.cache, 0, seq_len, budget, **ENDS)) == serves, (seq_len, budget)
+    for seq_len, budget in [(299, 40), (300, 41), (302, 43), (341, 40), (299, 30)]:
         assert attended_positions(step.cache, 0, seq_len, budget, **ENDS).shape == (seq_len,)
     too_few = attended_positions(step.cache, 0, 300, 43, **ENDS).nonzero().flatten().tolist()
     assert 5 not in kept and too_few == kept
-    step.cache.seq_len[0] = 0
-    assert not entry_serves(step.cache, 0, 300, 40, **ENDS)
 
 
 @pytest.mark.parametrize("vote", [0, -1, 2**62, 2**63 - 1, -(2**63), (1 << 32) | (2**31 - 1)])
@@ -330,16 +324,14 @@ def test_garbage_stays_in_bounds(vote, vote_len, vote_seq_len):
     for seq_len in (58, 300):
         attended = attended_positions(cache, 1, seq_len, 40, **ENDS)
         assert attended.shape == (seq_len,) and attended[:5].all()
-        entry_serves(cache, 1, seq_len, 40, **ENDS)
 
 
 @pytest.mark.parametrize("slot", [-1, 3])
 def test_slots_of_nobody(slot):
     """-1 is a row without an entry: Python would take the last one."""
     cache = SelectionCache.create(3, 64, 40, torch.float16, DEVICE)
-    for function in (attended_positions, entry_serves):
-        with pytest.raises(ValueError, match=f"slot: expected 0 to 2, got {slot}"):
-            function(cache, slot, 300, 40, **ENDS)
+    with pytest.raises(ValueError, match=f"slot: expected 0 to 2, got {slot}"):
+        attended_positions(cache, slot, 300, 40, **ENDS)
 
 
 @contextlib.contextmanager
@@ -362,14 +354,13 @@ def test_no_host_sync():
     slots = torch.zeros(300, dtype=torch.int32, device=device)
     with no_sync():
         attended = attended_positions(cache, 1, 300, 40, **ENDS)
-        serves = entry_serves(cache, 1, 300, 40, **ENDS)
         options = {"scaling": 0.25, "logit_cap": 30.0, "chunk": 128}
         mass = candidate_mass(query, pool, slots, attended, **ENDS, **options)
         dense = attended_positions(cache, 1, 50, 40, **ENDS)
         few = candidate_mass(query, pool, slots[:10], dense[:10], **ENDS, **options)
-    shapes = [tuple(tensor.shape) for tensor in (attended, serves, mass, few)]
-    assert shapes == [(300,), (), (2,), (2,)]
-    assert {tensor.device.type for tensor in (attended, serves, mass, dense, few)} == {device}
+    shapes = [tuple(tensor.shape) for tensor in (attended, mass, few)]
+    assert shapes == [(300,), (2,), (2,)]
+    assert {tensor.device.type for tensor in (attended, mass, dense, few)} == {device}
 
 
 def make_probe(num_rows: int, size: int, *, wanted: int, dtype: torch.dtype = torch.float16) -> Probe:

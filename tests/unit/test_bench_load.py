@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import multiprocessing
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -41,14 +41,14 @@ def parsed(num_requests=2, **changes):
 
 
 def test_the_client_is_told_all_that_makes_servers_comparable():
-    command = client.command("http://127.0.0.1:8000", Path("/model"), setups.H200, 0.6, Path("/out.jsonl"))
-    given = dict(zip(command, [*command[1:], ""], strict=True))
+    arguments = client.arguments("http://127.0.0.1:8000", Path("/model"), setups.H200, 0.6, Path("/out.jsonl"))
+    given = dict(zip(arguments, [*arguments[1:], ""], strict=True))
     expected = {
         "--base-url": "http://127.0.0.1:8000",
         "--tokenizer": "/model",
         "--dataset-name": "random-ids",
         "--random-input-len": "32768",
-        "--random-output-len": "256",
+        "--random-output-len": "512",
         "--random-range-ratio": "0.5",
         "--num-prompts": "18",
         "--request-rate": "0.6",
@@ -57,16 +57,16 @@ def test_the_client_is_told_all_that_makes_servers_comparable():
         "--output-file": "/out.jsonl",
     }
     assert {name: given[name] for name in expected} == expected
-    assert {"--tokenize-prompt", "--output-details", "--cache-report"} <= set(command)
+    assert {"--tokenize-prompt", "--output-details", "--cache-report"} <= set(arguments)
 
 
 def test_sglang_knows_these_options(monkeypatch):
     from sglang.benchmark import serving
 
-    command = client.command("http://127.0.0.1:8000", Path("/model"), setups.H200, 0.6, Path("/out.jsonl"))
+    arguments = client.arguments("http://127.0.0.1:8000", Path("/model"), setups.H200, 0.6, Path("/out.jsonl"))
     parsed = []
     monkeypatch.setattr(serving, "run_benchmark", parsed.append)
-    monkeypatch.setattr("sys.argv", command[2:])
+    monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
     serving.cli_main()
     [options] = parsed
     assert (options.request_rate, options.tokenize_prompt, options.disable_ignore_eos) == (0.6, True, False)
@@ -111,15 +111,26 @@ def test_tokens_from_the_radix_cache_are_noted():
     assert parsed(cached_tokens=[4000, 8])["note"] == "4000 prompt tokens came from the radix cache"
 
 
+def sleep(*_: object) -> None:
+    time.sleep(60)
+
+
+def fail(arguments: list[str], log: Path) -> None:
+    log.write_text("no server")
+    raise SystemExit(3)
+
+
 def test_a_benchmark_that_takes_too_long_is_ended(monkeypatch):
-    monkeypatch.setattr(client, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(client, "_processes", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(client, "_benchmark", sleep)
     with pytest.raises(RuntimeError, match="the benchmark was not done in 0.2 s"):
         client.run("http://127.0.0.1:8000", Path("/model"), setups.H200, 0.6, limit=0.2)
 
 
 def test_a_benchmark_that_fails_says_why(monkeypatch):
-    monkeypatch.setattr(client, "command", lambda *_: [sys.executable, "-c", "raise SystemExit('no server')"])
-    with pytest.raises(RuntimeError, match="ended with 1: no server"):
+    monkeypatch.setattr(client, "_processes", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(client, "_benchmark", fail)
+    with pytest.raises(RuntimeError, match="ended with 3: no server"):
         client.run("http://127.0.0.1:8000", Path("/model"), setups.H200, 0.6, limit=60.0)
 
 
