@@ -3,6 +3,8 @@
 
     python -m bench.needle.serve --lengths 8192 16384 32768 65536 --csv bench/results/needle_servers.csv
     python -m bench.needle.serve --device cuda --csv bench/results/needle_servers_h200.csv
+    python -m bench.needle.serve --policies tokenselect level-1 level-2 level-3 level-4 --lengths 8192 16384 32768 \
+        --csv bench/results/needle_levels.csv
 
 Each context hides 16 keys with one number, 2 keys with 4 numbers and 2 chains of 4 variables; it is asked
 for 4 single numbers, for both keys with 4, 3 times for 4 keys at once, and for both chains. Its questions
@@ -23,6 +25,7 @@ from pathlib import Path
 
 from bench.result_file import commit
 from sglang_tokenselect.demo_questions import token_counter
+from sglang_tokenselect.effort import LOWEST_LEVEL
 from sglang_tokenselect.needle import checkpoint_path, tasks
 from sglang_tokenselect.needle_server import needle_server
 from sglang_tokenselect.server_process import ServerProcess
@@ -33,6 +36,8 @@ POLICIES = {
     # As many tokens as tokenselect attends to, none of them chosen.
     "window": (False, ("--tokenselect-budget", "0", "--tokenselect-local", "576")),
     "dense": (True, ()),
+    # Effort levels of decode; that of "tokenselect" is 0.
+    **{f"level-{level}": (False, ("--tokenselect-level", str(level))) for level in range(1, LOWEST_LEVEL + 1)},
 }
 QUESTION_ROOM = 100
 MAX_NEW_TOKENS = 64
@@ -48,6 +53,7 @@ COLUMNS = (
     "questions",
     "score",
     "attended",
+    "hit_ratio",
     "seconds",
 )
 
@@ -90,15 +96,16 @@ def measure(server: ServerProcess, policy: str, length: int, seed: int, count_to
             "seed": seed,
             "questions": len(samples),
             "score": f"{sum(scores) / len(scores):.4f}",
-            "attended": attended(before, server.counters()) if before else "all",
+            **(read(before, server.counters()) if before else {"attended": "all", "hit_ratio": ""}),
             "seconds": f"{seconds:.1f}",
         }
 
 
-def attended(before: dict[str, int], after: dict[str, int]) -> int:
-    """Tokens per decode step, mean."""
-    steps = after["decode_queries"] - before["decode_queries"]
-    return round((after["attended_tokens"] - before["attended_tokens"]) / max(steps, 1))
+def read(before: dict[str, int], after: dict[str, int]) -> dict[str, object]:
+    """Mean tokens attended to per decode step, and the share of selections that were reused."""
+    since = {name: after[name] - before[name] for name in after}
+    attended = round(since["attended_tokens"] / max(since["decode_queries"], 1))
+    return {"attended": attended, "hit_ratio": f"{since['reuses'] / max(since['reuses'] + since['votes'], 1):.3f}"}
 
 
 def setting(device: str) -> dict[str, str]:
@@ -133,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["tokenselect", "window", "dense"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--show", action="store_true", help="only print the table of the CSV file")
