@@ -2,8 +2,9 @@
 """Effort levels: how much a decode step may read, from the configured budget down. Pure Python.
 
 Level 0 is what the configuration says. Levels above 0 are cheaper: first earlier selections serve longer, since without
-reuse a step's time goes into scoring and not into the chosen tokens; then the budget shrinks too. Levels below 0 have
-larger budgets; only the quality guard goes there.
+reuse a step's time goes into scoring and not into the chosen tokens; then the budget shrinks too; and where selections
+are always reused, requests select as soon as they exceed their window, for then it pays at any length. Levels below 0
+have larger budgets; only the quality guard goes there.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ class Level:
         budget_factor: of the configured budget.
         most_theta: upper bound of theta; -1 reuses at any similarity.
         reuse_factor: of the configured max_reuse.
+        keeps_min_len: requests up to the configured min_len attend to everything; else only those within their window.
     """
 
     budget_factor: float
     most_theta: float
     reuse_factor: int
+    keeps_min_len: bool
 
 
 LEVELS = (
-    Level(1.0, float("inf"), 1),
-    Level(1.0, 0.8, 1),
-    Level(0.5, 0.6, 1),
-    Level(0.5, -1.0, 1),
-    Level(0.25, -1.0, 4),
+    Level(1.0, float("inf"), 1, keeps_min_len=True),
+    Level(1.0, 0.8, 1, keeps_min_len=True),
+    Level(0.5, 0.6, 1, keeps_min_len=True),
+    Level(0.5, -1.0, 1, keeps_min_len=False),
+    Level(0.25, -1.0, 4, keeps_min_len=False),
 )
 LOWEST_LEVEL = len(LEVELS) - 1
 
@@ -47,11 +50,13 @@ class Effort:
     Attributes:
         level: 0 as configured, above it cheaper, below it with a larger budget.
         budget: tokens chosen by vote, of requests that bring no budget of their own.
+        min_len: tokens up to which such requests attend to everything, even if their window is smaller.
         theta, max_reuse: see TokenSelectConfig.
     """
 
     level: int
     budget: int
+    min_len: int
     theta: float
     max_reuse: int
 
@@ -75,4 +80,5 @@ def effort_at(config: TokenSelectConfig, level: int) -> Effort:
     rung = LEVELS[max(level, 0)]
     factor = 2**-level if level < 0 else rung.budget_factor
     budget = min(max(round(config.budget * factor), config.min_budget), config.largest_budget)
-    return Effort(level, budget, min(config.theta, rung.most_theta), config.max_reuse * rung.reuse_factor)
+    min_len = config.window.min_len if rung.keeps_min_len else 0
+    return Effort(level, budget, min_len, min(config.theta, rung.most_theta), config.max_reuse * rung.reuse_factor)

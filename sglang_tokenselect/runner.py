@@ -81,7 +81,7 @@ class Runner:
     def set_effort(self, effort: Effort) -> None:
         """Costs nothing on the device: the numbers travel with the next step, kept selections are cut by rank."""
         self.effort = effort
-        self.decode_window = replace(self.config.window, budget=effort.budget)
+        self.decode_window = replace(self.config.window, budget=effort.budget, min_len=effort.min_len)
 
     def decode_window_of(self, request: RequestPlan) -> Window:
         return request.window or self.decode_window
