@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Effort levels: how much a decode step may read, from the configured budget down. Pure Python.
 
-Level 0 is what the configuration says. Levels above 0 are cheaper: first earlier selections serve longer, since without
-reuse a step's time goes into scoring and not into the chosen tokens; then the budget shrinks too; and where selections
-are always reused, requests select as soon as they exceed their window, for then it pays at any length. Levels below 0
-have larger budgets; only the quality guard goes there.
+Level 0 is what the configuration says. Levels above 0 are cheaper: less similar queries reuse a selection, since without
+reuse a step's time goes into scoring and not into the chosen tokens, and budgets shrink. The cheapest reuses whatever
+the query, which costs answers (README, "Effort levels"); requests then select as soon as they exceed their window, for
+then it pays at any length. Levels below 0 have larger budgets; only the quality guard goes there.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Level:
 
     budget_factor: float
     most_theta: float
-    reuse_factor: int
-    keeps_min_len: bool
+    reuse_factor: int = 1
+    keeps_min_len: bool = True
 
 
 LEVELS = (
-    Level(1.0, float("inf"), 1, keeps_min_len=True),
-    Level(1.0, 0.8, 1, keeps_min_len=True),
-    Level(0.5, 0.6, 1, keeps_min_len=True),
-    Level(0.5, -1.0, 1, keeps_min_len=False),
-    Level(0.25, -1.0, 4, keeps_min_len=False),
+    Level(1.0, float("inf")),
+    Level(1.0, 0.8),
+    Level(0.5, 0.6),
+    Level(0.5, 0.3),
+    Level(0.5, -1.0, reuse_factor=2, keeps_min_len=False),
 )
 LOWEST_LEVEL = len(LEVELS) - 1
 

@@ -105,12 +105,12 @@ def test_ctl_changes_the_policy(server, endpoints, question):
     """A level far down attends to fewer tokens; a target that no level can hold leads there as well, and rest back."""
     try:
         assert ctl(endpoints, "set", "level=4").returncode == 0
-        wait_for(lambda: metrics(server)["budget_tokens"] == 112)
+        wait_for(lambda: metrics(server)["budget_tokens"] == 224)
         before = server.counters()
         answer(server, question[0])
         after = server.counters()
         queries = after["decode_queries"] - before["decode_queries"]
-        assert after["attended_tokens"] - before["attended_tokens"] == queries * (64 + 112 + 128)
+        assert after["attended_tokens"] - before["attended_tokens"] == queries * (64 + 224 + 128)
         assert ctl(endpoints, "set", "policy=slo", "itl_target_ms=0.001").returncode == 0
         wait_for(lambda: metrics(server)["effort_level"] == 0 and metrics(server)["policy"] == "slo")
         changes = metrics(server)["level_changes_total"]
