@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,8 +62,12 @@ class TokenSelectAttnBackend(AttentionBackend):
         logger.info("TokenSelect: %s; runner: %s", self.config, type(self.runner).__name__)
 
     def report(self) -> dict[str, Any]:
-        """Configuration and counters, for `/server_info`."""
-        return {"config": self.config.to_options(), "counters": self.runner.report().to_dict()}
+        """Configuration as started, effort in force and counters, for `/server_info`."""
+        return {
+            "config": self.config.to_options(),
+            "effort": asdict(self.runner.effort),
+            "counters": self.runner.report().to_dict(),
+        }
 
     def stage_requests(self, rows: list[int], reqs: Sequence[Any]) -> None:
         """Told by patches/forward_requests.py before each forward, without padding.

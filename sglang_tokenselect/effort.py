@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Effort levels: how much a decode step may read, from the configured budget down. Pure Python.
 
-Level 0 is what the configuration says. Levels above 0 are cheaper: less similar queries reuse a selection, since without
-reuse a step's time goes into scoring and not into the chosen tokens, and budgets shrink. The cheapest reuses whatever
-the query, which costs answers (README, "Effort levels"); requests then select as soon as they exceed their window, for
-then it pays at any length. Levels below 0 have larger budgets; only the quality guard goes there.
+Level 0 is what the configuration says. Levels above 0 are cheaper: less similar queries reuse a selection, since
+without reuse a step's time goes into scoring and not into the chosen tokens, and budgets shrink. The cheapest reuses
+whatever the query, which costs answers (README, "Effort levels"); requests then select as soon as they exceed their
+window, for then it pays at any length. Levels below 0 have larger budgets; only the quality guard goes there.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ PANELS = {
     "mean_budget": "Budget (tokens), mean of the decode queries",
 }
 TARGET_PANEL = "itl_p50_ms"
+LOG_PANEL = "itl_p99_ms"  # a step, or the prefills of others
 
 
 def draw_panel(axes: Axes, rows: Sequence[Row], column: str) -> None:
@@ -52,7 +53,10 @@ def draw_panel(axes: Axes, rows: Sequence[Row], column: str) -> None:
             style = {"color": color, "marker": marker, "label": label, "clip_on": False}  # level 0 is the panel's edge
             axes.plot(rates, values, markersize=4.5, linewidth=1.7, **style)
     axes.set_title(PANELS[column], loc="left", fontsize=10, color=INK)
-    axes.set_ylim(bottom=0)
+    if column == LOG_PANEL:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

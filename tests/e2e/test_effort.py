@@ -172,9 +172,16 @@ def llama(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("llama"), "Llama")
 
 
-@pytest.fixture(scope="module", params=["1", "0"], ids=["pickle", "no pickle"])
+# A request alone is load enough for the cheapest level.
+BUSY = ("--tokenselect-policy", "load", "--tokenselect-load-requests", "1")
+LOOPS = {"overlap": ("1", ()), "normal, no pickle": ("0", ("--disable-overlap-schedule",))}
+
+
+@pytest.fixture(scope="module", params=LOOPS.values(), ids=LOOPS.keys())
 def sparse_server(request, llama):
-    with ServerProcess(llama, *TOKEN_SERVER, *SPARSE, env={"SGLANG_USE_PICKLE_IPC": request.param}) as server:
+    pickles, flags = request.param
+    env = {"SGLANG_USE_PICKLE_IPC": pickles}
+    with ServerProcess(llama, *TOKEN_SERVER, *SPARSE, *BUSY, *flags, env=env) as server:
         yield server
 
 
@@ -200,6 +207,23 @@ def test_a_request_for_dense_gets_what_a_dense_server_answers(sparse_server, den
     assert [ask_with(sparse_server, request, DENSE) for request in requests] == dense
     assert [ask(sparse_server, request) for request in requests] == sparse
     assert sparse != dense
+
+
+def test_the_effort_follows_the_load(sparse_server):
+    """Once the first step was seen; an own budget is kept."""
+    request = Request(list(range(3, 400)), 20)
+
+    def read(answer):
+        before = sparse_server.counters()
+        answer()
+        after = sparse_server.counters()
+        return [after[name] - before[name] for name in ("decode_queries", "attended_tokens")]
+
+    queries, attended = read(lambda: ask(sparse_server, request))
+    assert (attended - queries * (16 + 24 + 32)) / 24 in (1, 2)
+    queries, attended = read(lambda: ask_with(sparse_server, request, {"tokenselect": {"budget": 40}}))
+    assert attended == queries * (16 + 40 + 32)
+    wait_for(lambda: sparse_server.get("/server_info")["internal_states"][0]["tokenselect"]["effort"]["level"] == 0)
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
