@@ -60,6 +60,11 @@ def test_frontend_program(server, tmp_path):
     assert 0 < counters["attended_tokens"] < 0.2 * counters["cached_tokens"]
 
 
+def test_options_of_a_request(server, tmp_path):
+    [snippet] = [snippet for snippet in snippets("python") if "custom_params" in snippet]
+    assert run_python(snippet.replace("http://127.0.0.1:30000", server.url), tmp_path).strip()
+
+
 def test_engine(tmp_path):
     [snippet] = [snippet for snippet in snippets("python") if "sgl.Engine" in snippet]
     assert run_python(snippet, tmp_path).strip()

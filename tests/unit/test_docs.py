@@ -33,7 +33,11 @@ def test_the_readme_has_every_option():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "bench/needle/README.md", "bench/kernels/README.md"]
+    "document",
+    [
+        *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/effort.md"),
+        *("bench/needle/README.md", "bench/kernels/README.md"),
+    ],
 )
 def test_links_and_paths_exist(document):
     text = (REPO / document).read_text()
