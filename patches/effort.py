@@ -27,7 +27,7 @@ _agent_of_receiver: dict[int, Any] = {}
 def _add_agent(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     if scheduler.server_args.attention_backend != BACKEND:
         return
-    from sglang.srt.distributed import get_tensor_model_parallel_rank
+    from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 
     from sglang_tokenselect.scheduler_agent import SchedulerAgent
 
