@@ -59,6 +59,7 @@ class TokenSelectAttnBackend(AttentionBackend):
         self._max_context_len = model_runner.model_config.context_len
         self.runner: Runner = create_runner(model_runner, self.config)
         self._staged: StagedRequests | None = None
+        self._windows: Sequence[Window | None] = ()
         logger.info("TokenSelect: %s; runner: %s", self.config, type(self.runner).__name__)
 
     def report(self) -> dict[str, Any]:
@@ -77,21 +78,28 @@ class TokenSelectAttnBackend(AttentionBackend):
             reqs: SGLang's Req of each row.
         """
         windows = [self._own_window(req) if req.sampling_params.custom_params else None for req in reqs]
-        self._staged = StagedRequests(rows, windows)
+        # Kept until the next forward: SGLang asks for a graph's variant before `_begin`, and once more after it.
+        self._windows = windows if any(windows) else ()
+        self._staged = StagedRequests(rows, self._windows)
 
     def _own_window(self, req: Any) -> Window | None:
         """What the request asks for, read once in its life."""
         if not hasattr(req, _WINDOW):
-            setattr(req, _WINDOW, self._parse_window(req.sampling_params.custom_params))
+            setattr(req, _WINDOW, self._parse_window(req))
         return getattr(req, _WINDOW)
 
-    def _parse_window(self, custom_params: dict[str, Any]) -> Window | None:
+    def _parse_window(self, req: Any) -> Window | None:
+        """Follows what patches/request_options.py has passed; front ends that do not run it keep no keys apart."""
         try:
-            options = parse_options(custom_params, self.config.largest_budget)
-        except ValueError as error:  # of a front end that checks nothing, such as SGLang's gRPC server
-            logger.warning("TokenSelect: options of a request are not followed: %s", error)
+            options = parse_options(req.sampling_params.custom_params, self.config.largest_budget)
+            if options is None:
+                return None
+            if not (req.extra_key or "").endswith(options.cache_salt):
+                raise ValueError("they did not come through SGLang's own HTTP server or Engine")
+        except ValueError as error:
+            logger.warning("TokenSelect: options of request %s are not followed: %s", req.rid, error)
             return None
-        return options and options.window(self.config)
+        return options.window(self.config)
 
     @property
     def selects(self) -> bool:
@@ -106,10 +114,6 @@ class TokenSelectAttnBackend(AttentionBackend):
         """Whether a captured graph can serve such a decode step."""
         return self.runner.fits_graph(seq_lens, self._windows)
 
-    @property
-    def _windows(self) -> Sequence[Window | None]:
-        return self._staged.windows if self._staged else ()
-
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         self._begin(forward_batch, Graph.NONE)
 
@@ -118,6 +122,8 @@ class TokenSelectAttnBackend(AttentionBackend):
 
     def _begin(self, forward_batch: ForwardBatch, graph: Graph) -> None:
         staged, self._staged = self._staged, None
+        if staged is None:
+            self._windows = ()
         if not forward_batch.forward_mode.is_idle():
             selects = decode_graphs.captured_selection() if graph is Graph.CAPTURE else None
             self.runner.begin(plan_forward(forward_batch, staged), forward_batch, graph, selects=selects)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
-from sglang_tokenselect.effort import LOWEST_LEVEL
+from sglang_tokenselect.effort import LOWEST_LEVEL, MOST_REUSE
 from sglang_tokenselect.kernels.reference.window import Window
 
 
@@ -43,7 +43,9 @@ class TokenSelectConfig:
     theta: float = _option(
         0.9, "a decode query reuses the last selection from this cosine similarity on; above 1 never", minimum=-1.0
     )
-    max_reuse: int = _option(64, "decode steps that one selection may serve, its own included", minimum=1)
+    max_reuse: int = _option(
+        64, "decode steps that one selection may serve, its own included", minimum=1, maximum=MOST_REUSE
+    )
     positions: str = _option(
         "absolute",
         "absolute: keys keep the model's positions. compact: attended tokens are renumbered from 0, "
@@ -67,8 +69,8 @@ class TokenSelectConfig:
     min_budget: int = _option(0, "smallest budget that a policy may choose", minimum=0)
     policy: str = _option(
         "fixed",
-        "who sets the effort level of decode. fixed: --tokenselect-level. load: running and waiting requests and the "
-        "KV cache's usage. slo: the time between tokens, to be held at --tokenselect-itl-target-ms",
+        "who sets the effort level of decode. fixed: --tokenselect-level. load: running requests, the first one's wait "
+        "in the queue, and the KV cache's usage. slo: the time between tokens, held at --tokenselect-itl-target-ms",
         choices=("fixed", "load", "slo"),
     )
     level: int = _option(
@@ -187,7 +189,7 @@ def check_option(name: str, value: Any) -> None:
     if "above" in bounds and value <= bounds["above"]:
         raise ConfigError(name, f"above {bounds['above']:g}", value)
     if "maximum" in bounds and value > bounds["maximum"]:
-        raise ConfigError(name, f"at most {bounds['maximum']:g}", value)
+        raise ConfigError(name, f"at most {bounds['maximum']}", value)
 
 
 def option_kind(option: Field) -> type:

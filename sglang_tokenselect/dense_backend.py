@@ -28,9 +28,12 @@ class DenseBackend(FlashInferAttnBackend):
             self._plan_with_cap(wrapper)
 
     def reserve_graph_rows(self, max_rows: int, longest: int) -> None:
-        """Memory for CUDA graphs of up to `max_rows` requests of up to `longest` tokens; earlier graphs are gone."""
+        """Memory for CUDA graphs of up to `max_rows` requests of up to `longest` tokens; earlier graphs are gone.
+
+        One slot more for each row: rows that pad a graph have one.
+        """
         self.decode_cuda_graph_metadata.clear()
-        indices = torch.zeros(max_rows * longest, dtype=torch.int32, device=self.workspace_buffer.device)
+        indices = torch.zeros(max_rows * (longest + 1), dtype=torch.int32, device=self.workspace_buffer.device)
         # Among what prefill needs are masks of max_rows * context_len bytes, for speculative decoding alone.
         self.skip_prefill = True
         self.init_cuda_graph_state(max_rows, max_rows, kv_indices_buf=indices)

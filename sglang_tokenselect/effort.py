@@ -41,6 +41,8 @@ LEVELS = (
     Level(0.5, -1.0, reuse_factor=2, keeps_min_len=False),
 )
 LOWEST_LEVEL = len(LEVELS) - 1
+MOST_REUSE = 2**31 - 1
+"""As the device counts."""
 
 
 @dataclass(frozen=True)
@@ -81,4 +83,5 @@ def effort_at(config: TokenSelectConfig, level: int) -> Effort:
     factor = 2**-level if level < 0 else rung.budget_factor
     budget = min(max(round(config.budget * factor), config.min_budget), config.largest_budget)
     min_len = config.window.min_len if rung.keeps_min_len else 0
-    return Effort(level, budget, min_len, min(config.theta, rung.most_theta), config.max_reuse * rung.reuse_factor)
+    max_reuse = min(config.max_reuse * rung.reuse_factor, MOST_REUSE)
+    return Effort(level, budget, min_len, min(config.theta, rung.most_theta), max_reuse)

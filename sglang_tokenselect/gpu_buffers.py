@@ -108,8 +108,8 @@ class GpuBuffers:
 
 
 def graph_index_slots(config: TokenSelectConfig, max_rows: int, max_context_len: int) -> int:
-    """Slots that the requests of one CUDA graph attend to, at most."""
-    return max_rows * min(config.window.dense_len, max_context_len)
+    """Slots that the requests of one CUDA graph attend to, and one for each row that pads it."""
+    return max_rows * (min(config.window.dense_len, max_context_len) + 1)
 
 
 def reserved_bytes(
@@ -122,5 +122,5 @@ def reserved_bytes(
     num_slots = graph_index_slots(config, graph_rows, shape.context_len)
     if not config.is_compact:  # what GpuRunner.reserve_graph_rows adds for SGLang's backend
         always_dense = config.dense_layers or getattr(model_config, "sliding_window_size", None)
-        num_slots += 2 * graph_rows * shape.context_len if always_dense else num_slots
+        num_slots += 2 * graph_rows * (shape.context_len + 1) if always_dense else num_slots
     return GpuBuffers.allocate(config, shape, max_rows, "meta").total_bytes + 4 * num_slots

@@ -59,6 +59,7 @@ class GpuDecode:
         self._max_rows = buffers.decode.limits.max_rows
         self._positions = torch.full((self._max_rows,), config.local, dtype=torch.int32, device=device)
         self._graph_indices = torch.empty(0, dtype=torch.int32, device=device)
+        self._padding_slots = 0
         self._step: _Step | None = None
 
     def reserve_graph_rows(self, max_rows: int, max_context_len: int) -> None:
@@ -67,12 +68,13 @@ class GpuDecode:
             raise ValueError(f"CUDA graph batch size: expected at most {self._max_rows}, got {max_rows}")
         num_slots = graph_index_slots(self._config, max_rows, max_context_len)
         self._graph_indices = torch.zeros(num_slots, dtype=torch.int32, device=self._req_to_token.device)
+        self._padding_slots = max_rows
         self._attention.forget_graphs()
 
     def fits_graph(self, seq_lens: Sequence[int], windows: Sequence[Window]) -> bool:
         """Whether a graph's one part and its slots are enough for a step of such requests."""
         num_slots = sum(window.attended_length(n) for n, window in zip(seq_lens, windows, strict=True))
-        return num_slots <= len(self._graph_indices) and self._count_parts(seq_lens, windows) == 1
+        return num_slots + self._padding_slots <= len(self._graph_indices) and self._count_parts(seq_lens, windows) == 1
 
     def _count_parts(self, seq_lens: Sequence[int], windows: Sequence[Window]) -> int:
         """Parts that the step is selected in, if no row reuses a selection."""

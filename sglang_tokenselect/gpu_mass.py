@@ -7,6 +7,7 @@ keys still are what they were, a dense pass tells what the selection held.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ import torch
 
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.device_reads import DeviceReads
+from sglang_tokenselect.effort import Effort
 from sglang_tokenselect.kernels.cached_positions import attended_positions
 from sglang_tokenselect.kernels.reference.mass import candidate_mass
-from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.selection_cache import SelectionCaches
 from sglang_tokenselect.mass_sampling import MassSampling
 from sglang_tokenselect.planner import RequestPlan
@@ -27,13 +28,13 @@ NO_LAYER = -1
 
 @dataclass(frozen=True)
 class _Sample:
-    """What was sampled: the request and its place in the step's batch, its budget, its cache entry, the layer."""
+    """What was sampled: the request and its place in the step's batch, its cache entry, the layer, the effort."""
 
     request: RequestPlan
     batch_row: int
-    budget: int
     cache_slot: int
     layer: int
+    effort: Effort
 
 
 class GpuMass:
@@ -57,16 +58,19 @@ class GpuMass:
         self._req_to_token = req_to_token
         self._sampling = MassSampling(config.mass_every, len(layers))
         self._sample: _Sample | None = None
-        self._reads = DeviceReads()
+        self._reads, self._levels = DeviceReads(), deque[int]()
 
-    def choose(self, requests: Sequence[RequestPlan], windows: Sequence[Window], cache_slots: Sequence[int]) -> int:
-        """The layer that has to keep its queries in this decode step, counted among those that select, or NO_LAYER."""
-        sampled = [i for i, slot in enumerate(cache_slots) if slot >= 0]
+    def choose(self, requests: Sequence[RequestPlan], cache_slots: Sequence[int], effort: Effort) -> int:
+        """The layer that has to keep its queries in this decode step, counted among those that select, or NO_LAYER.
+
+        Requests with a window of their own are not sampled: the samples judge the effort.
+        """
+        sampled = [i for i, slot in enumerate(cache_slots) if slot >= 0 and requests[i].window is None]
         chosen = self._sampling.choose(len(sampled))
         if chosen is None:
             return NO_LAYER
         layer, row = chosen[0], sampled[chosen[1]]
-        self._sample = _Sample(requests[row], row, windows[row].budget, cache_slots[row], layer)
+        self._sample = _Sample(requests[row], row, cache_slots[row], layer, effort)
         return layer
 
     def measure(self, requests: Sequence[RequestPlan]) -> None:
@@ -74,16 +78,22 @@ class GpuMass:
         sample, self._sample = self._sample, None
         if sample is not None and any(_follows(request, sample.request) for request in requests):
             self._reads.start(self._mass(sample))
+            self._levels.append(sample.effort.level)
 
-    def take(self) -> list[tuple[float, float]]:
-        """The shares that have arrived on the host; see Runner.masses."""
-        return [tuple(shares) for shares in self._reads.finished()]
+    def forget(self, requests: Sequence[RequestPlan]) -> None:
+        """These begin anew in their rows."""
+        if self._sample is not None and self._sample.request.req_pool_idx in [r.req_pool_idx for r in requests]:
+            self._sample = None
+
+    def take(self) -> list[tuple[float, int]]:
+        """Shares that have arrived on the host, each with its level; see Runner.masses."""
+        return [(share, self._levels.popleft()) for share in self._reads.finished()]
 
     def _mass(self, sample: _Sample) -> torch.Tensor:
         config, request = self._config, sample.request
         layer, sizes = self._layers[sample.layer](), {"num_sink": config.sink, "num_local": config.local}
         cache = self._caches.layer(sample.layer)
-        is_attended = attended_positions(cache, sample.cache_slot, request.seq_len, sample.budget, **sizes)
+        is_attended = attended_positions(cache, sample.cache_slot, request.seq_len, sample.effort.budget, **sizes)
         return candidate_mass(
             self._queries[sample.batch_row].view(-1, layer.key_pool.shape[-1]),
             layer.key_pool,

@@ -90,8 +90,11 @@ class GpuRunner(Runner):
         is_delegated = self.dense is not None and not self.decode_selects(seq_lens, windows)
         if (is_delegated or self._dense_in_all_forwards) and sum(seq_lens) > self._dense_slots:
             return False
-        all_windows = [own or self.decode_window for _, own in zip_longest(seq_lens, windows)]
-        return is_delegated or self._decode.fits_graph(seq_lens, all_windows)
+        if is_delegated:
+            return True
+        return self._decode.fits_graph(
+            seq_lens, [own or self.decode_window for _, own in zip_longest(seq_lens, windows)]
+        )
 
     def delegates(self, layer_id: int) -> bool:
         return self._delegated or layer_id not in self._layer_ids
@@ -107,7 +110,9 @@ class GpuRunner(Runner):
         self._counts.start(self._caches.counters.sum(0))
 
     def _count_on_device(self, reuses: int, votes: int) -> None:
-        self.counters = replace(self.counters, reuses=reuses, votes=votes)
+        # A read that was started before a later one has been waited for is older than what is known.
+        known = self.counters
+        self.counters = replace(known, reuses=max(reuses, known.reuses), votes=max(votes, known.votes))
 
     def begin(
         self, plan: ForwardPlan, forward_batch: ForwardBatch, graph: Graph = Graph.NONE, *, selects: bool | None = None
@@ -137,7 +142,8 @@ class GpuRunner(Runner):
         cache_slots = self._lend_entries(plan, windows)
         if not self._delegated:
             self._current = self._decode
-            probed = NO_LAYER if graph is Graph.CAPTURE else self._mass.choose(plan.requests, windows, cache_slots)
+            is_sampled = self.samples_mass and graph is not Graph.CAPTURE
+            probed = self._mass.choose(plan.requests, cache_slots, self.effort) if is_sampled else NO_LAYER
             self._decode.begin(seq_lens, windows, cache_slots, self.effort, probed, forward_batch, graph)
 
     def _lend_entries(self, plan: ForwardPlan, windows: Sequence[Window]) -> list[int]:
@@ -153,6 +159,7 @@ class GpuRunner(Runner):
 
     def _begin_extend(self, plan: ForwardPlan) -> None:
         self._slots.release([request.req_pool_idx for request in plan.requests])
+        self._mass.forget(plan.requests)
         blocks = self._extend.cut(plan.requests, [self.extend_window_of(request) for request in plan.requests])
         sparse = [block for block in blocks if not block.is_dense]
         self.selects = len(sparse) > 0

@@ -56,7 +56,7 @@ class StagedRequests:
 
     Attributes:
         rows: `req_pool_indices` on the host.
-        windows: see RequestPlan.window.
+        windows: see RequestPlan.window; empty if nobody has one.
     """
 
     rows: Sequence[int]
@@ -73,10 +73,10 @@ def plan_forward(forward_batch: ForwardBatch, staged: StagedRequests | None = No
     is_decode = forward_batch.forward_mode.is_decode()
     if staged is None:
         rows = forward_batch.req_pool_indices.tolist()
-        staged = StagedRequests(rows, [None] * len(rows))
+        staged = StagedRequests(rows, ())
     seq_lens = forward_batch.seq_lens_cpu.tolist()
-    padding = len(seq_lens) - len(staged.rows)
-    rows, windows = [*staged.rows, *[PADDING_ROW] * padding], [*staged.windows, *[None] * padding]
+    rows = [*staged.rows, *[PADDING_ROW] * (len(seq_lens) - len(staged.rows))]
+    windows = [*staged.windows, *[None] * (len(seq_lens) - len(staged.windows))]
     lengths = [1] * len(rows) if is_decode else list(forward_batch.extend_seq_lens_cpu)
     requests, first_query = [], 0
     for row, seq_len, num_queries, window in zip(rows, seq_lens, lengths, windows, strict=True):

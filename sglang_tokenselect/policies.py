@@ -33,15 +33,13 @@ class Load:
 
     Attributes:
         num_running: requests that this step decodes.
-        num_waiting: requests in the queue.
-        oldest_wait: seconds that the first of them has waited; 0.0 if none waits.
+        oldest_wait: seconds that the first request in the queue has waited; 0.0 if none waits.
         kv_usage: share of the KV pool in use, 0 to 1.
         gap: seconds since the decode step before was launched, prefills in between included; None if the server had
             nothing to decode before.
     """
 
     num_running: int
-    num_waiting: int
     oldest_wait: float
     kv_usage: float
     gap: float | None

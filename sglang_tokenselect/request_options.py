@@ -12,6 +12,8 @@ from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.kernels.reference.window import Window
 
 KEY = "tokenselect"
+SALT = f"|{KEY}:"
+"""Begins a cache salt; no request's own `extra_key` may hold it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class RequestOptions:
     @property
     def cache_salt(self) -> str:
         """Keeps its keys apart in the radix cache: they depend on what the tokens before attended to."""
-        return f"{KEY}:dense" if self.is_dense else f"{KEY}:budget={self.budget}"
+        return SALT + ("dense" if self.is_dense else f"budget={self.budget}")
 
     def window(self, config: TokenSelectConfig) -> Window:
         if self.is_dense:

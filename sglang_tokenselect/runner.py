@@ -62,8 +62,9 @@ class Runner:
     Attributes:
         config: as the server was started.
         counters: so far, as far as they are known on the host; a GPU's own as of the last `refresh_counters`.
-        masses: samples of attention mass that nobody took yet (see kernels/reference/mass.py): the chosen tokens' share
-            of the candidates', and the attended tokens' share of all.
+        masses: samples of attention mass that nobody took yet: the share of the candidates' that the chosen tokens hold
+            (kernels/reference/mass.py), and the effort level at which they were chosen.
+        samples_mass: whether somebody wants samples.
         effort: of decode steps from the next one on.
         decode_window: of decode queries of requests without a window of their own, at this effort.
         dense: an AttentionBackend for what is delegated; None where nothing is.
@@ -75,13 +76,15 @@ class Runner:
 
     def __init__(self, config: TokenSelectConfig) -> None:
         self.config, self.counters = config, Counters()
-        self.masses: list[tuple[float, float]] = []
+        self.masses: list[tuple[float, int]] = []
+        self.samples_mass = False
         self.set_effort(effort_at(config, 0))
 
     def set_effort(self, effort: Effort) -> None:
         """Costs nothing on the device: the numbers travel with the next step, kept selections are cut by rank."""
         self.effort = effort
         self.decode_window = replace(self.config.window, budget=effort.budget, min_len=effort.min_len)
+        self._decode_dense_len = self.decode_window.dense_len
 
     def decode_window_of(self, request: RequestPlan) -> Window:
         return request.window or self.decode_window
@@ -115,7 +118,7 @@ class Runner:
         """Counters so far; may wait for the device."""
         return self.counters
 
-    def take_masses(self) -> list[tuple[float, float]]:
+    def take_masses(self) -> list[tuple[float, int]]:
         """Samples since the last call."""
         masses, self.masses = self.masses, []
         return masses
@@ -136,6 +139,8 @@ class Runner:
         Args:
             windows: see RequestPlan.window; None for all that are not there.
         """
+        if not windows:
+            return max(seq_lens, default=0) > self._decode_dense_len
         return any(n > (own or self.decode_window).dense_len for n, own in zip_longest(seq_lens, windows))
 
     def fits_graph(self, seq_lens: Sequence[int], windows: Sequence[Window | None] = ()) -> bool:

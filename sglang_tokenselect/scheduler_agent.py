@@ -36,7 +36,9 @@ class SchedulerAgent:
         self._decided: Effort | None = None
         self._last_decode: float | None = None
         self._next_tick = time.monotonic() + PERIOD
+        self._is_sorted = _sorts_its_queue(scheduler.server_args)
         self._telemetry = Telemetry.start(scheduler, self.controller) if is_leader else None
+        self._choose_samples()
         runner.set_effort(self.controller.effort)
 
     def observe(self, batch: Any) -> None:
@@ -44,8 +46,9 @@ class SchedulerAgent:
         if self._telemetry is None or not batch.forward_mode.is_decode():
             return
         now = time.perf_counter()
-        for chosen_share, _ in self._runner.take_masses():
-            self.controller.note_mass(chosen_share)
+        for share, level in self._runner.take_masses():
+            if level == self.controller.effort.level:  # one in flight when the level changed judges another
+                self.controller.note_mass(share)
         gap = None if self._last_decode is None else now - self._last_decode
         self._last_decode = now
         self._decide(self.controller.observe(self._load(len(batch.reqs), gap, now)))
@@ -53,7 +56,9 @@ class SchedulerAgent:
     def deliver(self, received: list[Any]) -> None:
         """Called in each turn of the scheduler's loop on the first rank, before its requests are broadcast."""
         scheduler = self._scheduler
-        if scheduler.last_batch is None and scheduler.running_batch.is_empty():
+        if self._telemetry is None:
+            return
+        if scheduler.last_batch is None and scheduler.running_batch.is_empty() and not scheduler.waiting_queue:
             self._last_decode = None
             self._decide(self.controller.rest())
         if self._decided is not None:
@@ -61,8 +66,10 @@ class SchedulerAgent:
             self._decided = None
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + PERIOD
-            self._runner.refresh_counters()
-            self._telemetry.send(self._reading())
+            self._choose_samples()
+            if self._telemetry.is_watched:
+                self._runner.refresh_counters()
+                self._telemetry.send(self._reading())
 
     def accept(self, received: list[Any]) -> list[Any] | None:
         """Called on every rank with what was broadcast: follows decisions, and returns the rest if there were any."""
@@ -79,14 +86,19 @@ class SchedulerAgent:
 
     def _load(self, num_running: int, gap: float | None, now: float) -> Load:
         queue = self._scheduler.waiting_queue
-        entered = queue[0].time_stats.wait_queue_entry_time if queue else 0.0
+        first = queue if self._is_sorted else queue[:1]
+        entered = min((req.time_stats.wait_queue_entry_time or now for req in first), default=now)
         return Load(
             num_running=num_running,
-            num_waiting=len(queue),
-            oldest_wait=now - entered if entered else 0.0,
+            oldest_wait=now - entered,
             kv_usage=self._kv_usage(),
             gap=gap,
         )
+
+    def _choose_samples(self) -> None:
+        """Only where somebody looks: a sample is a dense pass."""
+        is_guarded = self.controller.config.min_mass is not None
+        self._runner.samples_mass = self._telemetry is not None and (self._telemetry.is_watched or is_guarded)
 
     def _kv_usage(self) -> float:
         scheduler = self._scheduler
@@ -101,3 +113,8 @@ class SchedulerAgent:
             kv_usage=self._kv_usage(),
             counters=self._runner.counters.to_dict(),
         )
+
+
+def _sorts_its_queue(server_args: Any) -> bool:
+    """Whether another than the first request of the queue may have waited longest."""
+    return server_args.schedule_policy != "fcfs" or server_args.enable_priority_scheduling

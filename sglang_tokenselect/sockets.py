@@ -6,6 +6,7 @@ PUB at `config.publish`: each snapshot, one frame of JSON. REP at `config.contro
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -65,6 +66,7 @@ class TelemetryServer:
         self._waker.setblocking(False)
         self._thread = threading.Thread(target=self._serve, name="tokenselect-telemetry", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
 
     def send(self, snapshot: Snapshot) -> None:
         """Publishes a snapshot, or drops the oldest where too many wait. Returns at once; any thread may call."""

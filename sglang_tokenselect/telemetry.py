@@ -17,6 +17,9 @@ class Telemetry:
 
     All methods belong to one thread, the scheduler's, and never wait for a reader.
 
+    Attributes:
+        is_watched: whether anybody is told anything.
+
     Args:
         labels: of the Prometheus metrics; None for no metrics.
 
@@ -29,6 +32,7 @@ class Telemetry:
         self._taker = SnapshotTaker(controller)
         self._exporter = None if labels is None else PrometheusExporter(labels)
         self._server = TelemetryServer(controller) if config.publish or config.control else None
+        self.is_watched = self._exporter is not None or self._server is not None
 
     @classmethod
     def start(cls, scheduler: Any, controller: Controller) -> Telemetry:
@@ -43,10 +47,6 @@ class Telemetry:
     def send_change(self, reading: Reading) -> None:
         """Right after the effort has changed."""
         self._send(reading, is_periodic=False)
-
-    def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
 
     def _send(self, reading: Reading, *, is_periodic: bool) -> None:
         snapshot = self._taker.take(reading, is_periodic=is_periodic)

@@ -63,8 +63,9 @@ class TorchRunner(Runner):
                 self._cached.pop(request.req_pool_idx, None)
 
     def _choose_sample(self, plan: ForwardPlan) -> None:
-        sparse = [request for request in plan.requests if request.seq_len > self.decode_window_of(request).dense_len]
-        if (chosen := self._sampling.choose(len(sparse))) is not None:
+        """Of requests without a window of their own: the samples judge the effort."""
+        sparse = [r for r in plan.requests if r.window is None and r.seq_len > self.decode_window.dense_len]
+        if self.samples_mass and (chosen := self._sampling.choose(len(sparse))) is not None:
             self._sampled = self._sampled_layers[chosen[0]], sparse[chosen[1]]
 
     def run(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
@@ -94,7 +95,7 @@ class TorchRunner(Runner):
             query = rope.rotate(query.unsqueeze(0), torch.tensor([window.num_local], device=query.device))[0]
         is_chosen = torch.zeros(len(kv), dtype=torch.bool, device=query.device)
         is_chosen[positions] = True
-        shares = candidate_mass(
+        share = candidate_mass(
             query,
             layer.key_pool,
             kv.slots,
@@ -104,7 +105,7 @@ class TorchRunner(Runner):
             scaling=layer.scaling,
             logit_cap=layer.logit_cap,
         )
-        self.masses.append(tuple(shares.tolist()))
+        self.masses.append((share.item(), self.effort.level))
 
     def _selection(
         self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan, window: Window

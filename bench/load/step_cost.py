@@ -45,7 +45,9 @@ CONFIGS = {
 
 def scheduler_of(config: TokenSelectConfig, reqs: list[Any]) -> Any:
     """With what the agent reads of a scheduler."""
-    server_args = SimpleNamespace(attention_backend="tokenselect")
+    server_args = SimpleNamespace(
+        attention_backend="tokenselect", schedule_policy="fcfs", enable_priority_scheduling=False
+    )
     flags.attach(server_args, config)
     allocator = TokenToKVPoolAllocator(100_000, dtype=torch.bfloat16, device="cpu", kvcache=None, need_sort=False)
     batch = SimpleNamespace(reqs=reqs, is_empty=lambda: False, forward_mode=SimpleNamespace(is_decode=lambda: True))
@@ -78,13 +80,15 @@ def measure_loop(config: TokenSelectConfig, reqs: list[Any]) -> list[float]:
     return rounds(step)
 
 
-def measure_staging(config: TokenSelectConfig, reqs: list[Any]) -> list[float]:
-    """Microseconds of the hook that tells the backend of a forward's requests, in each round."""
+def measure_staging(config: TokenSelectConfig, reqs: list[Any]) -> tuple[list[float], list[float]]:
+    """Microseconds of the hook that tells the backend of a forward's requests, and of one choice between two graphs."""
     backend = TokenSelectAttnBackend.__new__(TokenSelectAttnBackend)
-    backend.config = config
+    backend.config, backend.runner = config, Runner(config)
     model_runner = SimpleNamespace(attn_backend=backend)
     batch = SimpleNamespace(reqs=reqs, req_pool_indices_cpu=torch.arange(1, len(reqs) + 1))
-    return rounds(lambda: forward_requests._stage(None, object, batch, model_runner))
+    seq_lens = [1000] * len(reqs)
+    staging = rounds(lambda: forward_requests._stage(None, object, batch, model_runner))
+    return staging, rounds(lambda: backend.decode_selects(seq_lens))
 
 
 def rounds(step: Any) -> list[float]:
@@ -98,7 +102,8 @@ def rounds(step: Any) -> list[float]:
 
 
 def requests(count: int, custom_params: dict[str, Any] | None = None) -> list[Any]:
-    return [SimpleNamespace(sampling_params=SimpleNamespace(custom_params=custom_params)) for _ in range(count)]
+    sampling, salt = SimpleNamespace(custom_params=custom_params), "|tokenselect:budget=512"
+    return [SimpleNamespace(sampling_params=sampling, extra_key=salt, rid="") for _ in range(count)]
 
 
 def main() -> None:
@@ -112,7 +117,8 @@ def main() -> None:
             rows.append(row("loop", name, batch, measure_loop(TokenSelectConfig(**given), requests(batch))))
         own = requests(batch, {"tokenselect": {"budget": 512}})
         for name, reqs in (("no options", requests(batch)), ("own options", own)):
-            rows.append(row("staging", name, batch, measure_staging(TokenSelectConfig(), reqs)))
+            for hook, times in zip(("staging", "graph"), measure_staging(TokenSelectConfig(), reqs), strict=True):
+                rows.append(row(hook, name, batch, times))
     about = {"sglang": version("sglang"), "commit": commit(), "cpu": cpu_name()}
     write_csv(options.out, rows, about, "python " + " ".join(sys.argv))
 

@@ -91,6 +91,7 @@ class Pair:
         ropes = dict.fromkeys(LAYERS, rope) if rope else {}
         self.expected = TorchRunner(self.config, self.req_to_token, ropes, LAYERS)
         self.actual = self._make_gpu_runner(rope, **(delegate or {}))
+        self.expected.samples_mass = self.actual.samples_mass = True
 
     def _make_gpu_runner(self, rope: Rope | None, **delegate) -> GpuRunner:
         shape = ModelShape(len(LAYERS), *self.heads, self.head_dim, self.dtype, self.max_len)
@@ -344,10 +345,12 @@ def run_levels(pair: Pair, *, graphs: bool = False) -> None:
 
 def check_masses(pair: Pair) -> None:
     """The GPU's samples are those of the reference, one step later."""
-    expected, actual = (torch.tensor(runner.take_masses()) for runner in (pair.expected, pair.actual))
+    expected, actual = pair.expected.take_masses(), pair.actual.take_masses()
     assert len(expected) == len(actual) + 1 > 5
-    assert expected.min() > 0 and expected[:, 0].max() < 1
-    assert (expected[:-1] - actual).abs().max() < TOLERANCE
+    shares = torch.tensor([share for share, _ in expected])
+    assert shares.min() > 0 and shares.max() < 1
+    assert [level for _, level in expected[:-1]] == [level for _, level in actual]
+    assert (shares[:-1] - torch.tensor([share for share, _ in actual])).abs().max() < TOLERANCE
 
 
 OPTIONS = {
@@ -384,6 +387,30 @@ def test_samples_of_requests_that_end_are_forgotten():
     for rows in ((1,), (2,), (1,), (1,)):
         traffic.decode(*rows, similar=True)
     assert len(pair.actual.take_masses()) == 1
+    length = traffic.lengths[1]
+    traffic.end(1)
+    traffic.extend((1, length))  # another of the same length in its row
+    traffic.decode(1, similar=True)
+    assert not pair.actual.take_masses()
+
+
+def test_only_the_servers_own_effort_is_sampled():
+    pair = Pair(mass_every=1)
+    traffic = Traffic(pair)
+    traffic.windows[1] = RequestOptions(budget=0).window(pair.config)
+    traffic.extend((1, 100))
+    for _ in range(3):
+        traffic.decode(1, similar=True)
+    assert not pair.actual.take_masses() and not pair.expected.take_masses()
+
+
+def test_rows_that_pad_a_graph_have_room():
+    """Dense requests may fill the graphs' slots, but for one of each row."""
+    pair = Pair()
+    pair.actual.reserve_graph_rows(MAX_ROWS, pair.max_len)
+    own = [RequestOptions(is_dense=True).window(pair.config)] * 2 + [None]
+    assert pair.actual.fits_graph([100, 96, 61], own)  # 100 + 96 + 44
+    assert not pair.actual.fits_graph([100, 97, 61], own)
 
 
 def small_scratch(monkeypatch) -> None:

@@ -144,4 +144,4 @@ def test_any_bytes_are_answered_and_only_a_set_changes_anything(request):
         assert reply["ok"] and message["command"] == "set"
         assert controller.config == replace(CONFIG, **message["options"])
         # What was accepted works for the scheduler.
-        controller.observe(Load(num_running=8, num_waiting=1, oldest_wait=0.5, kv_usage=0.5, gap=0.01))
+        controller.observe(Load(num_running=8, oldest_wait=0.5, kv_usage=0.5, gap=0.01))

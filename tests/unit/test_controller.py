@@ -31,7 +31,7 @@ def slo(target_ms=20.0, **options):
 
 
 def load(running=4, wait=0.0, kv=0.5, gap=0.01):
-    return Load(running, num_waiting=int(wait > 0), oldest_wait=wait, kv_usage=kv, gap=gap)
+    return Load(running, oldest_wait=wait, kv_usage=kv, gap=gap)
 
 
 def serve(control, running, itl=lambda level, running: 0.01):
@@ -383,7 +383,7 @@ CHANGES = st.fixed_dictionaries(
         "budget": st.just(1),
     },
 )
-LOADS = st.builds(Load, st.integers(1, 64), st.integers(0, 9), st.floats(0, 9), SHARE, st.none() | st.floats(0, 0.1))
+LOADS = st.builds(Load, st.integers(1, 64), st.floats(0, 9), SHARE, st.none() | st.floats(0, 0.1))
 CALLS = st.one_of(
     st.tuples(st.just("observe"), LOADS, st.integers(1, 60)),
     st.tuples(st.just("note_mass"), SHARE, st.integers(1, 6)),

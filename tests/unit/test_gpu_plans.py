@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sglang_tokenselect.backend import TokenSelectAttnBackend
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.gpu_buffers import GpuBuffers, graph_index_slots, reserved_bytes
 from sglang_tokenselect.kernels.reference.positions import Rope
@@ -17,6 +18,7 @@ from sglang_tokenselect.patches import forward_requests, kv_budget
 from sglang_tokenselect.patches.rope import common_rope
 from sglang_tokenselect.planner import PADDING_ROW, StagedRequests, plan_forward
 from sglang_tokenselect.refusals import Refusal
+from sglang_tokenselect.torch_runner import TorchRunner
 
 
 def decode_batch(seq_lens, rows=None):
@@ -104,3 +106,36 @@ def test_layers_must_share_a_rope_that_the_kernels_know():
         common_rope({0: rope}, head_dim=128)
     with pytest.raises(Refusal, match="is_neox_style=False"):
         common_rope({0: replace(rope, is_neox_style=False)}, head_dim=64)
+
+
+def test_own_windows_are_known_before_and_after_a_forward_is_planned():
+    """SGLang asks which graph a step needs, has it planned, and asks again for the graph to replay."""
+    backend = TokenSelectAttnBackend.__new__(TokenSelectAttnBackend)
+    backend.config = TokenSelectConfig(min_len=100, budget=5, sink=2, local=3)
+    backend.runner = TorchRunner(backend.config, torch.zeros(9, 400, dtype=torch.int32), {})
+    backend._staged, backend._windows = None, ()
+    dense = SimpleNamespace(
+        sampling_params=SimpleNamespace(custom_params={"tokenselect": {"dense": True}}),
+        extra_key="|tokenselect:dense",
+        rid="1",
+    )
+    plain = SimpleNamespace(sampling_params=SimpleNamespace(custom_params=None))
+    batch = decode_batch([300], rows=[4])
+    batch.forward_mode.is_idle = lambda: False
+    for req, selects in ((dense, False), (plain, True), (dense, False)):
+        backend.stage_requests([4], [req])
+        assert backend.decode_selects([300]) == selects
+        backend.init_forward_metadata_out_graph(batch)
+        assert backend.decode_selects([300]) == selects
+    backend.init_forward_metadata_out_graph(batch)  # of nobody who was told, as in warm-up
+    assert backend.decode_selects([300])
+
+
+def test_options_that_nobody_checked_are_not_followed(caplog):
+    backend = TokenSelectAttnBackend.__new__(TokenSelectAttnBackend)
+    backend.config = TokenSelectConfig()
+    for custom_params, extra_key in (({"dense": True}, None), ({"dense": 5}, "|tokenselect:dense")):
+        sampling = SimpleNamespace(custom_params={"tokenselect": custom_params})
+        backend.stage_requests([4], [SimpleNamespace(sampling_params=sampling, extra_key=extra_key, rid="7")])
+        assert backend._staged.windows == ()
+    assert caplog.text.count("options of request 7 are not followed") == 2

@@ -60,12 +60,13 @@ def manager(backend="tokenselect"):
     return SimpleNamespace(server_args=server_args)
 
 
-def tokenized(custom_params, extra_key=None):
-    return SimpleNamespace(sampling_params=SimpleNamespace(custom_params=custom_params), extra_key=extra_key)
+def tokenized(custom_params, extra_key=None, session_params=None, **sampling):
+    params = SimpleNamespace(custom_params=custom_params, **sampling)
+    return SimpleNamespace(sampling_params=params, extra_key=extra_key, session_params=session_params)
 
 
-def checked(*args, backend="tokenselect"):
-    request = tokenized(*args)
+def checked(*args, backend="tokenselect", **kwargs):
+    request = tokenized(*args, **kwargs)
     request_options._check_options(request, manager(backend), object())
     return request.extra_key
 
@@ -83,6 +84,19 @@ def test_keys_of_other_options_are_kept_apart():
     assert len(set(keys)) == len(keys)
     assert keys[0] is None and keys[-1] == "tenant"
     assert checked({"tokenselect": {"budget": 5}}) == keys[1]
+
+
+def test_what_would_read_others_keys_is_refused():
+    """A forged key, a turn of a session, a beam: whoever came before may have attended to something else."""
+    with pytest.raises(
+        ValueError, match="extra_key: expected none with '|tokenselect:' in it, got '|tokenselect:dense'"
+    ):
+        checked(None, "|tokenselect:dense")
+    with pytest.raises(ValueError, match="expected none in a session"):
+        checked({"tokenselect": {"dense": True}}, session_params={"id": "s"})
+    with pytest.raises(ValueError, match="beam_width: expected 1 .*got 2"):
+        checked(None, beam_width=2)
+    assert checked({"other": 1}, "tenant", session_params={"id": "s"}, beam_width=1) == "tenant"
 
 
 def test_servers_of_other_backends_are_left_alone():

@@ -25,8 +25,10 @@ DECODE = SimpleNamespace(is_decode=lambda: True)
 class Rank:
     """A scheduler's state, and what its loop calls."""
 
-    def __init__(self, config: TokenSelectConfig, *, is_leader: bool) -> None:
-        server_args = SimpleNamespace(attention_backend="tokenselect")
+    def __init__(self, config: TokenSelectConfig, *, is_leader: bool, schedule_policy: str = "fcfs") -> None:
+        server_args = SimpleNamespace(
+            attention_backend="tokenselect", schedule_policy=schedule_policy, enable_priority_scheduling=False
+        )
         flags.attach(server_args, config)
         self.scheduler = SimpleNamespace(
             server_args=server_args,
@@ -48,6 +50,11 @@ class Rank:
 
     def idle(self) -> None:
         self.scheduler.running_batch.reqs, self.scheduler.last_batch = [], None
+
+
+def waiting(*entered: float) -> list[SimpleNamespace]:
+    """A queue, by when each request entered it."""
+    return [SimpleNamespace(time_stats=SimpleNamespace(wait_queue_entry_time=when)) for when in entered]
 
 
 @pytest.fixture
@@ -105,15 +112,54 @@ def test_prefills_lie_within_the_time_between_tokens(clock):
     prefill = SimpleNamespace(is_decode=lambda: False)
     leader.agent.observe(SimpleNamespace(forward_mode=prefill, reqs=[object()]))
     clock.seconds += 0.1
-    leader.scheduler.waiting_queue = [
-        SimpleNamespace(time_stats=SimpleNamespace(wait_queue_entry_time=0.15)),
-        SimpleNamespace(time_stats=SimpleNamespace(wait_queue_entry_time=0.0)),
-    ]
+    leader.scheduler.waiting_queue = waiting(0.15, 0.05)
     leader.decode(3)
     assert loads[0].gap is None and loads[0].oldest_wait == 0
     assert loads[1].gap == pytest.approx(0.4) and loads[1].oldest_wait == pytest.approx(0.25)
-    assert (loads[1].num_running, loads[1].num_waiting) == (3, 2)
+    assert loads[1].num_running == 3
     assert loads[1].kv_usage == pytest.approx(0.05)
+
+
+def test_a_sorted_queue_is_searched_for_who_has_waited_longest(clock):
+    leader = Rank(TokenSelectConfig(policy="load"), is_leader=True, schedule_policy="lpm")
+    loads = []
+    leader.agent.controller.observe = lambda load: loads.append(load)
+    clock.seconds = 1.0
+    leader.scheduler.waiting_queue = waiting(0.9, 0.25, 0.0)  # the last one's time is not set yet
+    leader.decode(1)
+    assert loads[0].oldest_wait == pytest.approx(0.75)
+
+
+def test_a_queue_that_cannot_run_is_no_rest(clock):
+    leader = Rank(TokenSelectConfig(policy="load", load_requests=4), is_leader=True)
+    leader.decode(4)
+    turn(leader, [])
+    leader.idle()
+    leader.scheduler.waiting_queue = waiting(0.0)
+    turn(leader, [])
+    assert leader.runner.effort.level == LOWEST_LEVEL
+    leader.scheduler.waiting_queue = []
+    turn(leader, [])
+    assert leader.runner.effort.level == 0
+
+
+def test_samples_are_taken_where_somebody_looks(clock):
+    assert not Rank(TokenSelectConfig(), is_leader=True).runner.samples_mass
+    leader = Rank(TokenSelectConfig(min_mass=0.9, level=2), is_leader=True)
+    assert leader.runner.samples_mass
+    assert not Rank(TokenSelectConfig(min_mass=0.9), is_leader=False).runner.samples_mass
+    turn(leader, [])
+    leader.runner.masses = [(0.1, 1)] * 9  # of another level
+    leader.decode(1)
+    assert leader.agent.controller.mass is None
+    leader.runner.masses = [(0.1, 2)] * 4
+    leader.decode(1)
+    turn(leader, [])
+    assert leader.runner.effort.level == 1
+    leader.agent.controller.configure({"min_mass": None})
+    clock.seconds += 2
+    turn(leader, [])
+    assert not leader.runner.samples_mass
 
 
 def test_other_backends_get_no_agent():

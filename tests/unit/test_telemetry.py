@@ -58,7 +58,7 @@ def test_snapshot_tells_the_controllers_and_the_schedulers_state():
 def test_itl_is_in_milliseconds():
     controller = Controller(TokenSelectConfig())
     for _ in range(20):
-        controller.observe(Load(num_running=1, num_waiting=0, oldest_wait=0.0, kv_usage=0.1, gap=0.012))
+        controller.observe(Load(num_running=1, oldest_wait=0.0, kv_usage=0.1, gap=0.012))
     assert SnapshotTaker(controller).take(reading(), is_periodic=True).itl_ms == pytest.approx(12.0)
 
 
@@ -96,7 +96,9 @@ def test_telemetry_goes_to_prometheus_and_to_the_endpoints(monkeypatch):
     monkeypatch.setattr(telemetry, "PrometheusExporter", exporter)
     scheduler = SimpleNamespace(metrics_collector=SimpleNamespace(labels=LABELS))
     controller = Controller(TokenSelectConfig(control="tcp://127.0.0.1:0"))
-    with closing(telemetry.Telemetry.start(scheduler, controller)) as told:
+    told = telemetry.Telemetry.start(scheduler, controller)
+    assert told.is_watched
+    with closing(told._server):
         exporter.assert_called_once_with(LABELS)
         told.send(reading(cached_tokens=10, attended_tokens=5))
         for _ in range(2):
@@ -113,7 +115,7 @@ def test_telemetry_needs_neither_prometheus_nor_endpoints():
     told = telemetry.Telemetry.start(SimpleNamespace(metrics_collector=None), Controller(TokenSelectConfig()))
     told.send(reading())
     told.send_change(reading())
-    told.close()
+    assert not told.is_watched
 
 
 def test_an_endpoint_that_cannot_be_bound_is_told_at_the_start():
