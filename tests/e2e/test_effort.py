@@ -167,6 +167,22 @@ def test_options_through_the_openai_api(server, question):
         complete(custom_params={"tokenselect": {"budget": 4096}})
 
 
+def test_options_through_chat(server, question):
+    """The same text is read anew by who asks for something else, and served from the cache to who asks for the same."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+    def chat(options):
+        messages = [{"role": "user", "content": question[0]}]
+        extra = {"custom_params": {"tokenselect": options}}
+        done = client.chat.completions.create(model="default", messages=messages, max_tokens=4, extra_body=extra)
+        return done.usage.prompt_tokens_details.cached_tokens
+
+    assert chat({"budget": 300}) == chat({"budget": 200}) == 0
+    assert chat({"budget": 300}) > 1000
+    with pytest.raises(openai.BadRequestError, match="dense: expected true or false, got 1"):
+        chat({"dense": 1})
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("llama"), "Llama")
