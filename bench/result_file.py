@@ -45,3 +45,10 @@ def read_csv(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
     lines = path.read_text().splitlines()
     about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
     return about, list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def read_csvs(paths: Sequence[Path]) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The comment lines of all files, the later ones prevailing, and their rows one after the other."""
+    files = [read_csv(path) for path in paths]
+    about = {name: value for comments, _ in files for name, value in comments.items()}
+    return about, [row for _, rows in files for row in rows]

@@ -14,7 +14,7 @@ import io
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,6 +176,15 @@ def save(figure: Figure, path: Path) -> None:
     with io.BytesIO() as full:
         figure.savefig(full, dpi=DPI, facecolor="white")
         Image.open(full).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
+
+
+def draw_files(description: str, draw: Callable[[Sequence[Path]], Figure]) -> None:
+    """A script's command line: result files, and the image to draw of them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="CSV files")
+    parser.add_argument("image", type=Path, help="PNG file to write")
+    args = parser.parse_args()
+    save(draw(args.results), args.image)
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ The title's machine and setting come from the files' comment lines ``# gpu: ...`
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, this file sees its own folder only
 
-from bench.kernels.plot import INK, STYLES, save
+from bench.kernels.plot import INK, STYLES, draw_files
 from bench.load.results import Row, number, read_results
 from bench.load.setups import FIXED, LOAD, SLO
 from bench.serve.cells import DENSE
@@ -92,13 +91,5 @@ def draw(comments: dict[str, str], rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="CSV files")
-    parser.add_argument("image", type=Path, help="PNG file to write")
-    args = parser.parse_args()
-    save(draw(*read_results(args.results)), args.image)
-
-
 if __name__ == "__main__":
-    main()
+    draw_files(__doc__, lambda paths: draw(*read_results(paths)))

@@ -7,19 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.load.setups import SERVERS
-from bench.result_file import read_csv
+from bench.result_file import read_csvs
 
 Row = dict[str, str]
 
 
 def read_results(paths: Sequence[Path]) -> tuple[dict[str, str], list[Row]]:
     """The files' comment lines, the later ones prevailing, and their rows in order of rate and server."""
-    about: dict[str, str] = {}
-    rows: list[Row] = []
-    for path in paths:
-        more, found = read_csv(path)
-        about |= more
-        rows += found
+    about, rows = read_csvs(paths)
     return about, sorted(rows, key=lambda row: (float(row["rate"]), SERVERS.index(row["server"])))
 
 

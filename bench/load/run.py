@@ -48,7 +48,7 @@ from bench.load import client, trace
 from bench.load.setups import H200, QUICK, SERVERS, SLO, SMOKE, TOKENSELECT, Setup, server_flags, write_model
 from bench.result_file import commit, write_csv
 from bench.serve.client import ask, prompts
-from bench.serve.run import NOTE_LENGTH, WARM_UP_TOKENS, wait_for_memory
+from bench.serve.run import NOTE_LENGTH, WARM_UP_TOKENS, measure_each
 from sglang_tokenselect.server_process import ServerProcess, free_port
 
 COUNTED = ("votes", "reuses", "attended_tokens", "cached_tokens", "decode_queries")
@@ -203,19 +203,9 @@ def main() -> None:
     setup = setup_of(options)
     client.prepare()
     report = Report(options.out, about(setup, options))
-    free_before = None if options.smoke else torch.cuda.mem_get_info()[0]
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(setup, Path(folder))
-        for name in options.servers:
-            try:
-                if free_before is not None:
-                    wait_for_memory(free_before)
-                measure_server(name, model, setup, options, report)
-            except Exception:  # it did not start, or did not answer: the others still can
-                traceback.print_exc(limit=-4)
-                report.failed += 1
-    if report.failed:
-        raise SystemExit(f"{report.failed} cells or servers failed")
+        measure_each(options.servers, lambda name: measure_server(name, model, setup, options, report), report)
 
 
 if __name__ == "__main__":

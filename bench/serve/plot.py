@@ -8,7 +8,6 @@ The title's machine and setting come from the files' comment lines ``# gpu: ...`
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, this file sees its own folder only
 
-from bench.kernels.plot import INK, STYLES, label_ends, save, token_label
+from bench.kernels.plot import INK, STYLES, draw_files, label_ends, token_label
 from bench.serve.cells import DENSE
 from bench.serve.results import Measured, Results, read_results
 
@@ -121,13 +120,5 @@ def draw(comments: dict[str, str], results: Results) -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="CSV files")
-    parser.add_argument("image", type=Path, help="PNG file to write")
-    args = parser.parse_args()
-    save(draw(*read_results(args.results)), args.image)
-
-
 if __name__ == "__main__":
-    main()
+    draw_files(__doc__, lambda paths: draw(*read_results(paths)))

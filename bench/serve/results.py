@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.result_file import read_csv
+from bench.result_file import read_csvs
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,7 @@ Results = dict[str, dict[tuple[int, int], dict[str, Measured | None]]]
 
 def read_results(paths: Sequence[Path]) -> tuple[dict[str, str], Results]:
     """The files' comment lines, the later ones prevailing, and their rows in order of requests and tokens."""
-    about: dict[str, str] = {}
-    rows: list[dict[str, str]] = []
-    for path in paths:
-        more, found = read_csv(path)
-        about |= more
-        rows += found
+    about, rows = read_csvs(paths)
     results: Results = {}
     for row in sorted(rows, key=lambda row: (int(row["batch"]), int(row["context"]))):
         cells = results.setdefault(row["metric"], {})

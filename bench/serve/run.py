@@ -29,6 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -56,6 +57,12 @@ WARM_UP_TOKENS = 16
 PAUSE = 0.05  # seconds; the scheduler ends a request some milliseconds after its last token
 MEMORY_SLACK = 2**30  # bytes
 NOTE_LENGTH = 300
+
+
+class Failures(Protocol):
+    """What counts them: a report."""
+
+    failed: int
 
 
 class Report:
@@ -174,6 +181,25 @@ def wait_for_memory(free_before: int, patience: float = 30.0) -> None:
         time.sleep(1.0)
 
 
+def measure_each(servers: Sequence[str], measure: Callable[[str], None], report: Failures) -> None:
+    """One server after the other, each once the memory of the one before is free again.
+
+    Raises:
+        SystemExit: at the end, if any cell or server failed.
+    """
+    free_before = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    for name in servers:
+        try:
+            if free_before:
+                wait_for_memory(free_before)
+            measure(name)
+        except Exception:  # it did not start, or did not answer: the others still can
+            traceback.print_exc(limit=-4)
+            report.failed += 1
+    if report.failed:
+        raise SystemExit(f"{report.failed} cells or servers failed")
+
+
 def about(servers: Sequence[str]) -> dict[str, str]:
     described = {f"server {name}": " ".join([SERVERS[name][0], *SERVERS[name][1]]) for name in servers}
     setting = "Llama-3-8B shape, bfloat16, random weights and prompts"
@@ -193,18 +219,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     report = Report(options.out, about(options.servers))
-    free_before = torch.cuda.mem_get_info()[0]
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder))
-        for name in options.servers:
-            try:
-                wait_for_memory(free_before)
-                measure_server(name, model, options, report)
-            except Exception:  # it did not start, or did not answer: the others still can
-                traceback.print_exc(limit=-4)
-                report.failed += 1
-    if report.failed:
-        raise SystemExit(f"{report.failed} cells or servers failed")
+        measure_each(options.servers, lambda name: measure_server(name, model, options, report), report)
 
 
 if __name__ == "__main__":
