@@ -19,19 +19,19 @@ from .workspace import TILE
 
 
 @triton.jit
-def _find_tile(requests_ptr, row_tiles_ptr, num_requests, unit):
+def _find_tile(runs_ptr, row_tiles_ptr, num_runs, unit):
     """Row tile of a unit of work, and the unit's index along the tile's keys."""
-    request = unit * 0
-    after = request + num_requests
-    while after - request > 1:
-        middle = (request + after) // 2
-        is_behind = tl.load(requests_ptr + middle * 2 + 1) <= unit
-        request = tl.where(is_behind, middle, request)
+    run = unit * 0
+    after = run + num_runs
+    while after - run > 1:
+        middle = (run + after) // 2
+        is_behind = tl.load(runs_ptr + middle * 2 + 1) <= unit
+        run = tl.where(is_behind, middle, run)
         after = tl.where(is_behind, after, middle)
-    first_tile = tl.load(requests_ptr + request * 2)
-    num_tiles = tl.load(requests_ptr + request * 2 + 2) - first_tile
-    local_unit = unit - tl.load(requests_ptr + request * 2 + 1)
-    return row_tiles_ptr + (first_tile + local_unit % num_tiles) * 4, local_unit // num_tiles
+    first_tile = tl.load(runs_ptr + run * 2)
+    num_tiles = tl.load(runs_ptr + run * 2 + 2) - first_tile
+    local_unit = unit - tl.load(runs_ptr + run * 2 + 1)
+    return row_tiles_ptr + (first_tile + local_unit % num_tiles) * 6, local_unit // num_tiles
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def _fold_keys(
     return top, total
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_units"])
+@triton.jit(do_not_specialize=["num_runs", "num_units"])
 def _logsumexp_kernel(
     means_ptr,
     key_ptr,
@@ -100,10 +100,10 @@ def _logsumexp_kernel(
     num_candidates_ptr,
     num_rows_ptr,
     row_tiles_ptr,
-    requests_ptr,
+    runs_ptr,
     max_ptr,
     sum_ptr,
-    num_requests,
+    num_runs,
     num_units,
     num_sink,
     split_tokens,
@@ -118,6 +118,7 @@ def _logsumexp_kernel(
     GROUP: tl.constexpr,
     ROWS_PER_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -126,11 +127,12 @@ def _logsumexp_kernel(
     unit = (pid // GROUP) % num_units
     kv_head = (pid // GROUP // num_units).to(tl.int64)
     head = kv_head * GROUP + pid % GROUP
-    tile_ptr, split = _find_tile(requests_ptr, row_tiles_ptr, num_requests, unit)
+    tile_ptr, split = _find_tile(runs_ptr, row_tiles_ptr, num_runs, unit)
     first_block = tl.load(tile_ptr)
     num_blocks = tl.load(tile_ptr + 1)
-    fewest = tl.load(tile_ptr + 2)
-    most = tl.load(tile_ptr + 3)
+    begin = tl.load(tile_ptr + 2) * TILE + split * split_tokens
+    fewest = tl.load(tile_ptr + 3)
+    most = tl.load(tile_ptr + 4)
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, HEAD_DIM)
@@ -146,7 +148,6 @@ def _logsumexp_kernel(
     req = tl.load(req_pool_indices_ptr + first_block).to(tl.int64)
     slots_ptr = req_to_token_ptr + req * stride_table_row + num_sink
     key_ptr += kv_head * stride_key_head
-    begin = split * split_tokens
     end = tl.minimum(begin + split_tokens, most)
     whole = begin + tl.maximum(tl.minimum(end, fewest) - begin, 0) // BLOCK_N * BLOCK_N
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -170,39 +171,42 @@ def _logsumexp_kernel(
         top, total, means, ends, key_ptr, slots_ptr, whole, end, scale, stride_key_slot, HEAD_DIM, BLOCK_N, MASKED=True
     )
 
+    split += tl.load(tile_ptr + 5)
     offset = split.to(tl.int64) * stride_partial_split + head * stride_partial_head + first_row
     mask_m = block < num_blocks
     tl.store(max_ptr + offset + offs_m, top, mask=mask_m)
     tl.store(sum_ptr + offset + offs_m, total, mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _reduce_kernel(
-    row_tiles_ptr,
+    num_splits_ptr,
     max_ptr,
     sum_ptr,
     lse_ptr,
-    split_tokens,
+    num_blocks,
     stride_partial_split,
     stride_partial_head,
     stride_lse_head,
     ROWS_PER_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    tile_ptr = row_tiles_ptr + tl.program_id(0) * 4
     head = tl.program_id(1).to(tl.int64)
-    first_block = tl.load(tile_ptr)
-    num_splits = tl.cdiv(tl.load(tile_ptr + 3), split_tokens)
+    first_block = tl.program_id(0) * (BLOCK_M // ROWS_PER_BLOCK)
     offs_m = tl.arange(0, BLOCK_M)
-    mask_m = offs_m // ROWS_PER_BLOCK < tl.load(tile_ptr + 1)
+    block = first_block + offs_m // ROWS_PER_BLOCK
+    mask_m = block < num_blocks
+    # Nothing is written beyond a block's own splits.
+    num_splits = tl.load(num_splits_ptr + block, mask=mask_m, other=0)
     first_row = first_block.to(tl.int64) * ROWS_PER_BLOCK
     offset = head * stride_partial_head + first_row
     # [BLOCK_M]
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for _ in range(num_splits):
-        split_top = tl.load(max_ptr + offset + offs_m, mask=mask_m, other=float("-inf"))
-        split_total = tl.load(sum_ptr + offset + offs_m, mask=mask_m, other=0.0)
+    for split in range(tl.max(num_splits)):
+        mask_split = split < num_splits
+        split_top = tl.load(max_ptr + offset + offs_m, mask=mask_split, other=float("-inf"))
+        split_total = tl.load(sum_ptr + offset + offs_m, mask=mask_split, other=0.0)
         new_top = tl.maximum(top, split_top)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - shift) + split_total * tl.exp2(split_top - shift)
@@ -213,7 +217,7 @@ def _reduce_kernel(
     tl.store(lse_ptr + head * stride_lse_head + first_row + offs_m, lse, mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_runs"])
 def _votes_kernel(
     means_ptr,
     key_ptr,
@@ -223,10 +227,10 @@ def _votes_kernel(
     num_rows_ptr,
     tile_indptr_ptr,
     row_tiles_ptr,
-    requests_ptr,
+    runs_ptr,
     lse_ptr,
     scores_ptr,
-    num_requests,
+    num_runs,
     num_sink,
     scale,
     stride_means_row,
@@ -244,11 +248,12 @@ def _votes_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    tile_ptr, key_tile = _find_tile(requests_ptr, row_tiles_ptr, num_requests, tl.program_id(0))
+    tile_ptr, key_tile = _find_tile(runs_ptr, row_tiles_ptr, num_runs, tl.program_id(0))
     first_block = tl.load(tile_ptr)
     num_blocks = tl.load(tile_ptr + 1)
-    most = tl.load(tile_ptr + 3)
-    if key_tile * BLOCK_N >= most:  # another row tile of the request has more candidates
+    begin = tl.load(tile_ptr + 2) * TILE + key_tile * BLOCK_N
+    most = tl.load(tile_ptr + 4)
+    if begin >= most:  # another row tile of the run has more candidates
         return
 
     offs_m = tl.arange(0, BLOCK_M)
@@ -270,7 +275,7 @@ def _votes_kernel(
         keys = _load_keys(
             key_ptr,
             slots_ptr,
-            key_tile * BLOCK_N,
+            begin,
             most,
             stride_key_slot,
             means_ptr.dtype.element_ty,
@@ -293,7 +298,7 @@ def _votes_kernel(
     by_block = tl.reshape(votes, [BLOCKS, ROWS_PER_BLOCK, BLOCK_N])
     score = tl.max(by_block, axis=1) if COMBINE_MAX else tl.sum(by_block, axis=1)
     offs_block = tl.arange(0, BLOCKS)
-    offs_n = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = begin + tl.arange(0, BLOCK_N)
     mask_block = offs_block < num_blocks
     ends = tl.load(num_candidates_ptr + first_block + offs_block, mask=mask_block, other=0)
     base = tl.load(tile_indptr_ptr + first_block + offs_block, mask=mask_block, other=0).to(tl.int64) * TILE
@@ -374,10 +379,10 @@ def _make_logsumexp(
         plan.num_candidates,
         plan.num_rows,
         tiling.row_tiles,
-        tiling.requests,
+        tiling.runs,
         partial_max,
         partial_sum,
-        tiling.requests.shape[0] - 1,
+        tiling.runs.shape[0] - 1,
         tiling.num_units,
         num_sink,
         plan.split_tokens,
@@ -392,18 +397,19 @@ def _make_logsumexp(
         GROUP=num_qo_heads // keys.num_kv_heads,
         ROWS_PER_BLOCK=plan.rows_per_block,
         HEAD_DIM=keys.head_dim,
+        TILE=TILE,
         BLOCK_M=tuning.block_m,
         BLOCK_N=tuning.block_n,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
         maxnreg=tuning.max_registers,
     )
-    _reduce_kernel[(tiling.row_tiles.shape[0], num_qo_heads)](
-        tiling.row_tiles,
+    _reduce_kernel[(triton.cdiv(plan.num_blocks * plan.rows_per_block, tuning.block_m), num_qo_heads)](
+        plan.num_splits,
         partial_max,
         partial_sum,
         scratch.lse,
-        plan.split_tokens,
+        plan.num_blocks,
         partial_max.stride(0),
         partial_max.stride(1),
         scratch.lse.stride(0),
@@ -434,10 +440,10 @@ def _add_votes(
         plan.num_rows,
         plan.tile_indptr,
         tiling.row_tiles,
-        tiling.requests,
+        tiling.runs,
         scratch.lse,
         scores,
-        tiling.requests.shape[0] - 1,
+        tiling.runs.shape[0] - 1,
         num_sink,
         scale,
         means.stride(0),

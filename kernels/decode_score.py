@@ -18,13 +18,18 @@ from .rows import SelectionRows, row_tiles, rows_block
 from .workspace import LEAST, SUBTILE, TILE, DecodeWorkspace
 
 
-@triton.jit(do_not_specialize=["num_rows", "part"])
+# Of a part of the rows, what begins at its first row is not aligned alike.
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["req_pool_indices_ptr", "num_candidates_ptr", "shared_tiles_ptr"],
+)
 def _decode_score_kernel(
     query_ptr,
     key_ptr,
     req_to_token_ptr,
     req_pool_indices_ptr,
     num_candidates_ptr,
+    shared_tiles_ptr,
     terms_ptr,
     subtile_max_ptr,
     partial_max_ptr,
@@ -33,8 +38,6 @@ def _decode_score_kernel(
     num_rows,
     num_sink,
     logit_scale,
-    part,
-    part_tiles,
     stride_query_row,
     stride_key_slot,
     stride_table_row,
@@ -49,33 +52,34 @@ def _decode_score_kernel(
     NUM_STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
-    # The tiles of the part, in order of row, are cut in as many runs as there are programs for each KV head.
+    if shared_tiles_ptr is None:
+        wait_for_previous(PDL)
+        start_next(PDL)
+    # The rows' own tiles, in order of row, are cut in as many runs as there are programs for each KV head.
     # Programs of all heads walk through the same tokens at the same time: a token's keys are neighbours in memory.
     rows = tl.arange(0, ROWS)
-    row_start, row_end = row_tiles(num_candidates_ptr, num_rows, ROWS, TILE)
-    in_part = (rows < num_rows) & (row_start // part_tiles == part)
-    end = tl.max(tl.where(in_part, row_end, 0))
-    origin = tl.min(tl.where(in_part, row_start, end))
+    row_start, row_end = row_tiles(num_candidates_ptr, shared_tiles_ptr, num_rows, ROWS, TILE)
+    end = tl.max(row_end)
     head = tl.program_id(0) % NUM_KV_HEADS
     run = tl.program_id(0) // NUM_KV_HEADS
-    tiles_per_run = tl.maximum(tl.cdiv(end - origin, tl.num_programs(0) // NUM_KV_HEADS), 1)
+    tiles_per_run = tl.maximum(tl.cdiv(end, tl.num_programs(0) // NUM_KV_HEADS), 1)
     if tl.program_id(0) == 0:
         tl.store(partition_ptr, tiles_per_run)
-        tl.store(partition_ptr + 1, origin)
 
     lanes = tl.arange(0, TILE)
     dims = tl.arange(0, HEAD_DIM)
     group = tl.arange(0, GROUP_BLOCK)
     subtiles = tl.arange(0, TILE // SUBTILE)
     is_head = group[:, None] < GROUP
-    first = origin + run * tiles_per_run
+    first = run * tiles_per_run
     stop = tl.minimum(first + tiles_per_run, end)
     while first < stop:
         row = tl.sum(((rows < num_rows) & (row_end <= first)).to(tl.int32))
         start = tl.sum(tl.where(rows == row, row_start, 0))
+        last = tl.minimum(stop, tl.sum(tl.where(rows == row, row_end, 0)))
         num_candidates = tl.load(num_candidates_ptr + row)
-        last = tl.minimum(stop, start + tl.cdiv(num_candidates, TILE))
+        if shared_tiles_ptr is not None:
+            start -= tl.load(shared_tiles_ptr + row)  # where the row's first tile would be
         req = tl.load(req_pool_indices_ptr + row).to(tl.int64)
         slots_ptr = req_to_token_ptr + req * stride_table_row + num_sink
         keys_ptr = key_ptr + head * HEAD_DIM + dims[None, :]
@@ -104,7 +108,7 @@ def _decode_score_kernel(
             running_sum *= tl.exp2(running_max - new_max)
             running_sum += tl.sum(terms, 2) * tl.exp2(subtile_max - new_max)
             running_max = new_max
-            out = (tile - part * part_tiles).to(tl.int64) * (NUM_KV_HEADS * GROUP) + head * GROUP + group[:, None]
+            out = tile * (NUM_KV_HEADS * GROUP) + head.to(tl.int64) * GROUP + group[:, None]
             tl.store(subtile_max_ptr + out * (TILE // SUBTILE) + subtiles[None, :], subtile_max, mask=is_head)
             terms = tl.reshape(terms, (GROUP_BLOCK, TILE)).to(terms_ptr.dtype.element_ty)
             tl.store(terms_ptr + out * TILE + lanes[None, :], terms, mask=is_head)
@@ -115,7 +119,10 @@ def _decode_score_kernel(
         tl.store(partial_max_ptr + partial, total_max, mask=group < GROUP)
         tl.store(partial_sum_ptr + partial, total_sum, mask=group < GROUP)
         first = last
-    start_next(PDL)
+    if shared_tiles_ptr is not None:
+        # The launch before this one was :func:`plan_chunks`, of which nothing is read here.
+        wait_for_previous(PDL)
+        start_next(PDL)
 
 
 def score_decode(
@@ -127,15 +134,16 @@ def score_decode(
     *,
     num_sink: int,
     vote_scale: float = 1.0,
-    part: int = 0,
+    shared_tiles: torch.Tensor | None = None,
 ) -> None:
-    """Scores the rows of one part: fills the workspace's softmax terms for :func:`vote`.
+    """Scores what each row scores by itself: fills the workspace's softmax terms for :func:`vote`.
 
     Args:
         query: [num_rows, num_qo_heads, head_dim] bfloat16 or float16, heads contiguous.
         req_pool_indices: [num_rows] int32 or int64.
         vote_scale: factor of the logits, which are *not* divided by sqrt(head_dim).
-        part: see `WorkspaceLimits.num_parts`.
+        shared_tiles: [num_rows] int32, tiles at the front of each row that :func:`score_shared` scores, and then
+            :func:`plan_chunks` must be the launch before this one; None: none.
     """
     num_rows, num_qo_heads, head_dim = query.shape
     group = num_qo_heads // keys.num_kv_heads
@@ -145,6 +153,7 @@ def score_decode(
         keys.req_to_token,
         req_pool_indices,
         rows.num_candidates,
+        shared_tiles,
         workspace.terms,
         workspace.subtile_max,
         workspace.partial_max,
@@ -153,8 +162,6 @@ def score_decode(
         num_rows,
         num_sink,
         keys.logit_scale(vote_scale),
-        part,
-        workspace.limits.part_tiles,
         query.stride(0),
         keys.pool.stride(0),
         keys.req_to_token.stride(0),

@@ -10,7 +10,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """First line of every kernel: nothing is read or written before the kernels before it are done."""
+    """What the launch before this one writes may be read from here on, and what it reads may be written.
+
+    Every kernel comes here, and says :func:`start_next` at the earliest here, or has not read anything of the launch
+    before it. So before this line, a kernel may read what was there before the launch before it.
+    """
     if PDL:
         gdc_wait()
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import triton
@@ -39,6 +39,10 @@ class SelectionRows:
         """Uninitialised rows for :func:`begin_decode` to fill."""
         return cls(*torch.empty(5, max_rows, dtype=torch.int32, device=device))
 
+    def of(self, rows: range) -> SelectionRows:
+        """Some of the rows, neighbours, as views."""
+        return SelectionRows(*(getattr(self, field.name)[rows.start : rows.stop] for field in fields(self)))
+
 
 def rows_block(num_rows: int) -> int:
     """The block of rows that a kernel is compiled for, ``num_rows`` or more: few sizes, so few compilations."""
@@ -46,16 +50,33 @@ def rows_block(num_rows: int) -> int:
 
 
 @triton.jit
-def row_tiles(num_candidates_ptr, num_rows, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Scratch layout: each row's first tile and the one after its last, rows packed in order: [ROWS] each."""
+def _own_tiles(num_candidates_ptr, shared_tiles_ptr, num_rows, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Tiles of the first ``num_rows`` rows, less those that a row shares with others: [ROWS].
+
+    A row that does not vote has no candidates, and so no tiles, whatever it shares.
+    """
     rows = tl.arange(0, ROWS)
     tiles = tl.cdiv(tl.load(num_candidates_ptr + rows, mask=rows < num_rows, other=0), TILE)
+    if shared_tiles_ptr is not None:
+        tiles = tl.maximum(tiles - tl.load(shared_tiles_ptr + rows, mask=rows < num_rows, other=0), 0)
+    return tiles
+
+
+@triton.jit
+def row_tiles(num_candidates_ptr, shared_tiles_ptr, num_rows, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Layout of the terms: the first of each row's own tiles and the one after its last, rows in order: [ROWS] each."""
+    tiles = _own_tiles(num_candidates_ptr, shared_tiles_ptr, num_rows, ROWS, TILE)
     end = tl.cumsum(tiles)
     return end - tiles, end
 
 
 @triton.jit
-def first_tile_of(row, num_candidates_ptr, ROWS: tl.constexpr, TILE: tl.constexpr):
+def first_own_tile_of(row, num_candidates_ptr, shared_tiles_ptr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """First tile of one row in that layout."""
-    rows = tl.arange(0, ROWS)
-    return tl.sum(tl.cdiv(tl.load(num_candidates_ptr + rows, mask=rows < row, other=0), TILE))
+    return tl.sum(_own_tiles(num_candidates_ptr, shared_tiles_ptr, row, ROWS, TILE))
+
+
+@triton.jit
+def first_tile_of(row, num_candidates_ptr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Layout of scores and slots: the first of a row's tiles, those that it shares included."""
+    return tl.sum(_own_tiles(num_candidates_ptr, None, row, ROWS, TILE))

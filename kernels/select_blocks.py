@@ -17,12 +17,14 @@ from .block_plan import (
     plan_blocks,
     request_runs,
 )
+from .block_sharing import order_blocks
 from .block_votes import score_blocks
 from .checks import expect
 from .emit import emit
 from .paged_keys import PagedKeys
 from .reference.prefill import Combine
 from .rows import EVERYTHING, SelectionRows
+from .shared_segment import SharedSegment
 from .transfer import int32, to_device
 from .vote import take_scores
 from .workspace import Workspace, WorkspaceLimits, count_multiprocessors, count_tiles
@@ -85,7 +87,7 @@ class PrefillPlan:
     """What :func:`select_blocks` does in each layer of one forward; made by :func:`plan_prefill`.
 
     Attributes:
-        parts: what a workspace of ``limits`` holds at once, in order of the blocks.
+        parts: what a workspace of ``limits`` holds at once; blocks in the order in which they share keys.
         kv_indptr: [num_items + 1] int32 on the device, over all blocks, dense ones too: where each one's slots go.
         kv_indptr_cpu: the same on the host, where FlashInfer plans the attention.
         qo_indptr_cpu: [num_items + 1] int32 on the host, where each block's queries begin.
@@ -115,18 +117,20 @@ def plan_prefill(
     num_local: int,
     num_qo_heads: int,
     device: torch.device | str,
+    shared: Sequence[SharedSegment] = (),
 ) -> PrefillPlan:
     """Plans the selection of all blocks of an extend, with one copy to the device.
 
     A block gets ``num_sink + budget + num_local + (end - start)`` slots, a dense one ``end``. Blocks of one request
     should follow each other: they then share the reading of its keys, unless the workspace does not hold them all
-    at once.
+    at once. So do blocks of several requests in ``shared`` positions.
 
     Args:
         blocks: in the order of their queries: ``qo_indptr_cpu`` takes each to begin where the one before it ends.
         limits: of the workspace that the plan is for.
         block, sub_block: sizes in tokens; both cut at their absolute multiples.
         num_qo_heads: heads that vote.
+        shared: segments whose ``rows`` are rows of ``req_to_token``; requests without blocks may be among them.
 
     Raises:
         ValueError: a size or a block that is not as stated, or that does not fit ``limits``.
@@ -140,17 +144,22 @@ def plan_prefill(
     voting = [(item, start) for item, start in zip(blocks, kv_indptr, strict=False) if not item.is_dense]
     # Who chooses nothing scores nothing.
     num_candidates = [item.start - num_local - num_sink if item.budget else 0 for item, _ in voting]
+    req_pool_indices = [item.req_pool_idx for item, _ in voting]
+    order, num_common = order_blocks(req_pool_indices, num_candidates, shared, num_sink=num_sink)
+    voting, num_candidates = [voting[b] for b in order], [num_candidates[b] for b in order]
+    req_pool_indices = [req_pool_indices[b] for b in order]
     num_multiprocessors = count_multiprocessors(device)
     parts = []
-    for span in _cut_parts([item.req_pool_idx for item, _ in voting], num_candidates, limits):
+    for span in _cut_parts(req_pool_indices, num_candidates, limits):
         items, kv_start = zip(*voting[span.start : span.stop], strict=True)
         scoring = plan_blocks(
-            [item.req_pool_idx for item in items],
+            req_pool_indices[span.start : span.stop],
             num_candidates[span.start : span.stop],
             [-(-item.end // sub_block) - item.start // sub_block for item in items],
             rows_per_block=rows_per_block,
             num_qo_heads=num_qo_heads,
             num_multiprocessors=num_multiprocessors,
+            num_common=num_common[span.start : span.stop - 1],
         )
         parts.append(_make_part(items, scoring, kv_start, num_local))
     kv_indptr_cpu = int32(kv_indptr)
@@ -258,7 +267,7 @@ def select_blocks(
         query: [num_tokens, num_qo_heads, head_dim] bfloat16 or float16, last dimension contiguous; rotated as it is
             to be scored.
         plan: see :func:`plan_prefill`.
-        workspace: of the plan's limits.
+        workspace: for the plan's limits.
         scratch: for the rows of ``means``.
         means: [at least blocks of a part * rows per block, num_qo_heads, head_dim], dtype of the keys (bfloat16 or
             float16 with float8 keys); overwritten. ``limits.max_rows`` times :func:`count_rows_per_block` rows are
@@ -269,7 +278,7 @@ def select_blocks(
         combine: how the votes of a block's sub-blocks become one score.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other, or a workspace of other limits than the plan's.
+        ValueError: shapes or dtypes that do not fit each other, or a workspace that does not hold the plan's limits.
     """
     _check(plan, workspace, means, kv_indices)
     for part in plan.parts:
@@ -308,8 +317,10 @@ def select_blocks(
 
 
 def _check(plan: PrefillPlan, workspace: Workspace, means: torch.Tensor, kv_indices: torch.Tensor) -> None:
-    if workspace.limits != plan.limits:
-        raise ValueError(f"workspace.limits: expected {plan.limits}, the plan's, got {workspace.limits}")
+    if not workspace.limits.include(plan.limits):
+        raise ValueError(
+            f"workspace.limits: expected those of the plan, {plan.limits}, or more, got {workspace.limits}"
+        )
     expect("kv_indices", kv_indices, (None,), torch.int32)
     if kv_indices.shape[0] < plan.num_slots:
         raise ValueError(f"kv_indices: expected {plan.num_slots} slots or more, got {kv_indices.shape[0]}")

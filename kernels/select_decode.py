@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from .checks import expect
@@ -11,8 +14,24 @@ from .emit import emit
 from .paged_keys import PagedKeys
 from .rows import SelectionRows
 from .selection_cache import DecodeBatch, Probe, SelectionCache, begin_decode
+from .shared_plan import SharedPrefixes
+from .shared_prefix import plan_chunks, score_shared
 from .vote import vote
 from .workspace import DecodeWorkspace
+
+
+@dataclass(frozen=True)
+class DecodePart:
+    """Rows that are scored at once.
+
+    Attributes:
+        rows: indices of neighbours in the batch, one at least; `DecodeWorkspace.cut_rows` tells which the workspace
+            holds.
+        shared: which of their tiles they score together, rows counted from the first of the part; None: none.
+    """
+
+    rows: range
+    shared: SharedPrefixes | None = None
 
 
 def select_decode(
@@ -27,7 +46,7 @@ def select_decode(
     num_sink: int,
     num_local: int,
     vote_scale: float = 1.0,
-    num_parts: int | None = None,
+    parts: Sequence[DecodePart] | None = None,
     layer: int = 0,
 ) -> None:
     """Writes the slots that each query of a decode step attends to in one layer.
@@ -41,39 +60,42 @@ def select_decode(
         batch: who asks; `batch.kv_indptr` says where each row's slots go. Of a row with budget -1 nothing is written.
         cache: of this layer. Rows with a cache slot reuse its vote, or leave theirs.
         kv_indices: [>= kv_indptr[-1]] int32, written: sink, chosen and local slots, ascending in position.
-        num_parts: how many parts to run: `WorkspaceLimits.count_parts` of the candidates that the rows may have, or
-            more; None: as many as any batch needs. Rows of parts that are not run get no slots.
+        parts: what the workspace holds one after the other, all rows together; None: it holds all of them at once.
         layer: index of this layer among those that select: it leaves its queries in `batch.probe` if that wants them.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other or the workspace, or no parts.
+        ValueError: shapes or dtypes that do not fit each other or the workspace.
     """
     _check(query, keys, batch, cache, workspace, kv_indices)
-    num_rows = len(batch)
-    if num_parts is None:
-        num_parts = workspace.limits.num_parts(num_rows)
     if layer < 0:
         raise ValueError(f"layer: expected 0 at least, got {layer}")
-    if num_parts < 1:
-        raise ValueError(f"num_parts: expected 1 at least, got {num_parts}")
     begin_decode(query, batch, cache, rows, workspace, num_sink=num_sink, num_local=num_local, layer=layer)
-    for part in range(num_parts):
-        score_decode(
-            query, keys, batch.req_pool_indices, rows, workspace, num_sink=num_sink, vote_scale=vote_scale, part=part
+    for part in (DecodePart(range(len(batch))),) if parts is None else parts:
+        first, stop, count = part.rows.start, part.rows.stop, len(part.rows)
+        part_query, part_rows, req_pool_indices = (
+            query[first:stop],
+            rows.of(part.rows),
+            batch.req_pool_indices[first:stop],
         )
-        vote(rows, num_rows, workspace, part=part)
+        shared, scored = part.shared, {"num_sink": num_sink, "vote_scale": vote_scale}
+        shared_tiles = shared.shared_tiles if shared else None
+        if shared:
+            plan_chunks(req_pool_indices, part_rows, shared, workspace)
+        score_decode(part_query, keys, req_pool_indices, part_rows, workspace, shared_tiles=shared_tiles, **scored)
+        if shared:
+            score_shared(part_query, keys, part_rows, shared, workspace, **scored)
+        vote(part_rows, count, workspace, shared_tiles=shared_tiles, lse=workspace.lse if shared else None)
         emit(
             keys.req_to_token,
-            batch.req_pool_indices,
-            rows,
-            num_rows,
+            req_pool_indices,
+            part_rows,
+            count,
             workspace,
-            batch.kv_indptr,
+            batch.kv_indptr[first:stop],
             kv_indices,
             num_sink=num_sink,
             cache=cache,
-            cache_slots=batch.cache_slots,
-            part=part,
+            cache_slots=batch.cache_slots[first:stop],
         )
 
 

@@ -10,6 +10,8 @@ from itertools import accumulate
 import torch
 import triton
 
+from .shared_segment import MAX_MEMBERS, MAX_SEGMENTS
+
 TILE = 128
 """Candidates scored at once; a row's scores are stored in whole tiles."""
 
@@ -23,8 +25,17 @@ LEAST = -1e30
 SCORE_PROGRAMS = 2
 """Scoring programs for each multiprocessor: as many as its shared memory holds."""
 
-MAX_SEGMENTS = 64
-"""Programs that compact one row's candidates, at most; each owns one segment of the row."""
+SHARED_PROGRAMS = 2
+"""Programs for each multiprocessor that score what rows share."""
+
+MAX_CHUNK_QUERIES = 128
+"""Queries, of all rows and heads of a group, that are scored against a tile of shared keys at once."""
+
+MAX_SHARED_KV_HEADS = 8
+"""KV heads whose scores of shared tiles the scratch holds. Rows of models with more are scored apart."""
+
+MAX_RUNS = 64
+"""Programs that compact one row's candidates, at most; each owns one run of the row."""
 
 
 def previous_power_of_2(x: int) -> int:
@@ -91,34 +102,19 @@ class WorkspaceLimits:
                 f"max_candidates: expected {self.max_seq_len}, max_seq_len, or more, got {self.max_candidates}"
             )
 
-    @property
-    def tiles_per_row(self) -> int:
-        return triton.cdiv(self.max_seq_len, TILE)
+    def include(self, other: WorkspaceLimits) -> bool:
+        """Whether a workspace of these limits serves what is planned for the others."""
+        return (
+            self.max_rows >= other.max_rows
+            and self.max_candidates >= other.max_candidates
+            and self.max_seq_len >= other.max_seq_len
+            and self.max_budget >= other.max_budget
+        )
 
     @property
     def num_tiles(self) -> int:
         """Tiles held at once; each row may waste part of its last one."""
         return triton.cdiv(self.max_candidates, TILE) + self.max_rows
-
-    @property
-    def part_tiles(self) -> int:
-        """Rows whose first tile falls in the same run of so many tiles are done in one part."""
-        return self.num_tiles - self.tiles_per_row + 1
-
-    def num_parts(self, num_rows: int) -> int:
-        """Parts that any batch of ``num_rows`` rows fits in."""
-        return (num_rows - 1) * self.tiles_per_row // self.part_tiles + 1
-
-    def count_parts(self, num_candidates: Sequence[int]) -> int:
-        """Parts that rows with so many candidates need, 1 at least.
-
-        Rows that turn out to have fewer need no more parts: the first tiles of those behind them only fall.
-
-        Args:
-            num_candidates: of each row, in order of the rows; a row with 0 needs no part of its own.
-        """
-        first_tiles = zip(count_tiles(num_candidates), num_candidates, strict=False)
-        return max((first for first, count in first_tiles if count), default=0) // self.part_tiles + 1
 
     @property
     def num_groups(self) -> int:
@@ -139,9 +135,11 @@ class Workspace:
         self.pdl = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         rows, tiles = limits.max_rows, limits.num_tiles
         self.scores = torch.empty(tiles, TILE, dtype=torch.float32, device=device)
-        self.segments = torch.empty(tiles, TILE, dtype=torch.int64, device=device)
-        self.segment_len = torch.empty(rows, MAX_SEGMENTS, dtype=torch.int32, device=device)
-        self.shortlist = torch.empty(tiles, TILE, dtype=torch.int64, device=device)
+        keys = torch.empty(2, tiles, TILE, dtype=torch.int64, device=device)
+        self.segments, self.shortlist = keys[0], keys[1]
+        # Scores of shared tiles by KV head, like the terms in bfloat16. They are added up before there are keys.
+        self.head_scores = keys.view(torch.bfloat16).view(MAX_SHARED_KV_HEADS, tiles, TILE)
+        self.segment_len = torch.empty(rows, MAX_RUNS, dtype=torch.int32, device=device)
         # Largest key of each group; -1 between calls.
         self.maxima = torch.full((rows, limits.num_groups), -1, dtype=torch.int64, device=device)
         # Programs that are done with their segment; the last one chooses, and sets this back to 0.
@@ -149,24 +147,79 @@ class Workspace:
 
 
 class DecodeWorkspace(Workspace):
-    """A workspace that also holds the softmax terms of decode: ``2 * num_qo_heads`` bytes more a candidate."""
+    """A workspace that also holds the softmax terms of decode.
+
+    ``2 * num_qo_heads`` bytes for each candidate that a row scores by itself; those that it shares need none.
+    """
 
     def __init__(
-        self, limits: WorkspaceLimits, num_qo_heads: int, num_kv_heads: int, device: torch.device | str
+        self,
+        limits: WorkspaceLimits,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        device: torch.device | str,
+        *,
+        max_own_candidates: int | None = None,
     ) -> None:
         """
+        Args:
+            max_own_candidates: candidates that rows score by themselves at once, ``max_seq_len`` at least; None: all.
+
         Raises:
-            ValueError: heads that do not divide.
+            ValueError: heads that do not divide, or fewer candidates than a row may have.
         """
         if num_qo_heads % num_kv_heads:
             raise ValueError(f"num_qo_heads: expected a multiple of {num_kv_heads}, got {num_qo_heads}")
+        own = limits.max_candidates if max_own_candidates is None else max_own_candidates
+        if own < limits.max_seq_len:
+            raise ValueError(f"max_own_candidates: expected {limits.max_seq_len}, max_seq_len, or more, got {own}")
         super().__init__(limits, device)
+        self.num_own_tiles = triton.cdiv(own, TILE) + limits.max_rows
         self.num_qo_heads, self.num_kv_heads = num_qo_heads, num_kv_heads
         runs = max(SCORE_PROGRAMS * self.num_multiprocessors // num_kv_heads, 1)
         self.score_programs = runs * num_kv_heads
-        rows, tiles = limits.max_rows, limits.num_tiles
+        rows, tiles = limits.max_rows, self.num_own_tiles
         self.terms = torch.empty(tiles, num_qo_heads, TILE, dtype=torch.bfloat16, device=device)
         self.subtile_max = torch.empty(tiles, num_qo_heads, TILE // SUBTILE, dtype=torch.float32, device=device)
         self.partial_max = torch.empty(runs + rows, num_qo_heads, dtype=torch.float32, device=device)
         self.partial_sum = torch.empty(runs + rows, num_qo_heads, dtype=torch.float32, device=device)
-        self.partition = torch.empty(2, dtype=torch.int32, device=device)
+        self.partition = torch.empty(1, dtype=torch.int32, device=device)
+        # Of what rows share: who votes, and pieces of log-sum-exp, as many as the smallest chunks leave.
+        runs = max(SHARED_PROGRAMS * self.num_multiprocessors // num_kv_heads, 1)
+        self.shared_programs = runs * num_kv_heads
+        pieces = (runs + MAX_SEGMENTS) * MAX_CHUNK_QUERIES + MAX_MEMBERS
+        self.voters = torch.empty(MAX_MEMBERS, dtype=torch.int32, device=device)
+        self.num_voters = torch.empty(MAX_SEGMENTS, dtype=torch.int32, device=device)
+        self.first_chunk = torch.empty(MAX_SEGMENTS, dtype=torch.int32, device=device)
+        self.chunks = torch.empty(MAX_SEGMENTS + MAX_MEMBERS, 8, dtype=torch.int32, device=device)
+        self.run_chunk = torch.empty(runs, dtype=torch.int32, device=device)
+        self.num_units = torch.empty(2, dtype=torch.int32, device=device)
+        # As `arrivals`, of the programs that gather voters.
+        self.shared_arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+        self.shared_max = torch.empty(pieces, num_qo_heads, dtype=torch.float32, device=device)
+        self.shared_sum = torch.empty(pieces, num_qo_heads, dtype=torch.float32, device=device)
+        self.lse = torch.empty(limits.max_rows, num_qo_heads, dtype=torch.float32, device=device)
+        self.first_tile = torch.empty(limits.max_rows, dtype=torch.int32, device=device)
+
+    def cut_rows(self, num_candidates: Sequence[int], shared_tiles: Sequence[int] | None = None) -> list[range]:
+        """The rows of a batch in as few runs of neighbours as the scratch holds one after the other, one at least.
+
+        Rows that turn out to have fewer candidates, since they reuse a vote, fit as well.
+
+        Args:
+            num_candidates: of each row at most; 0 for a row that does not vote.
+            shared_tiles: tiles of each row that it scores together with others; None: none.
+        """
+        tiles = [-(-count // TILE) for count in num_candidates]
+        own = (
+            [max(all_ - shared, 0) for all_, shared in zip(tiles, shared_tiles, strict=True)] if shared_tiles else tiles
+        )
+        if sum(tiles) <= self.limits.num_tiles and sum(own) <= self.num_own_tiles:
+            return [range(len(tiles))]
+        runs, first, held, held_own = [], 0, 0, 0
+        for row, (count, own_count) in enumerate(zip(tiles, own, strict=True)):
+            held, held_own = held + count, held_own + own_count
+            if held > self.limits.num_tiles or held_own > self.num_own_tiles:
+                runs.append(range(first, row))
+                first, held, held_own = row, count, own_count
+        return [*runs, range(first, len(tiles))]

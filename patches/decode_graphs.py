@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two CUDA graphs for each decode batch size: one that selects, one in which everything is attended to.
+"""CUDA graphs of each kind of decode step, for each batch size: runner.Step.
 
-Symptom without it: steps of short requests would run the selection's kernels for nothing, a step with more tokens
-than the selection's scratch holds would be replayed in a graph that is too small for it, and the scheduler would
-believe that a replay reads `req_to_token` no more, while the selection reads it in every layer.
+Symptom without it: steps of short requests would run the selection's kernels for nothing, and steps of requests that
+share nothing those for shared prefixes; a step with more tokens than the selection's scratch holds would be replayed
+in a graph that is too small for it; and the scheduler would believe that a replay reads `req_to_token` no more, while
+the selection reads it in every layer.
 Seams: SGLang 0.5.17 captures two graphs of a batch size where its class says `record_nolora_graph` (meant for LoRA,
-refused here), and asks `_resolve_lora_variant` which one serves a batch; `can_run_graph`; `execute`, after which
-the scheduler waits for `war_fastpath_read_done_event`, or for the whole forward if there is none.
+refused here), each by `capture_one_shape`, and asks `_resolve_lora_variant` which one serves a batch; `can_run_graph`;
+`execute`, after which the scheduler waits for `war_fastpath_read_done_event`, or for the whole forward if there is
+none.
 May go when 0.5.17 is no longer served: later versions ask the backend for variants and for the end of its reads.
 """
 
@@ -14,32 +16,42 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_tokenselect.runner import Step
+
 from .hook import Hook
 
 _RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
-_SELECTING, _EVERYTHING = "lora", "nolora"
+_LABELS = {Step.SELECTS: "lora", Step.EVERYTHING: "nolora", Step.SHARES: "tokenselect_shares"}
+_STEPS = {label: step for step, label in _LABELS.items()}
 
 
-def capture_both() -> None:
-    """Has graph runners of this process capture both graphs."""
+def capture_all() -> None:
+    """Has graph runners of this process capture the graphs of all kinds."""
     from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
     DecodeCudaGraphRunner.record_nolora_graph = True
 
 
-def captured_selection() -> bool | None:
-    """Whether the graph that is being captured selects; None where only one is captured."""
+def captured_step() -> Step | None:
+    """What the graph that is being captured is to do; None where only one is captured."""
     from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_lora_variant
 
-    label = get_capture_lora_variant()
-    return None if label is None else label == _SELECTING
+    return _STEPS.get(get_capture_lora_variant())
+
+
+def _capture(result: Any, runner: Any, size: int, forward: Any, stream_idx: Any = None, label: Any = None) -> None:
+    """Behind the graph that selects, the one that shares: SGLang knows of two only."""
+    if label == _LABELS[Step.SELECTS] and _is_ours(runner) and runner.attn_backend.may_share(size):
+        from sglang.srt.model_executor.runner_utils import capture_mode
+
+        capture_mode._set_capture_lora_variant(_LABELS[Step.SHARES])
+        runner.capture_one_shape(size, forward, stream_idx, _LABELS[Step.SHARES])
 
 
 def _variant(original: Any, runner: Any, forward_batch: Any) -> str | None:
     if not _is_ours(runner):
         return original(runner, forward_batch)
-    selects = runner.attn_backend.decode_selects(forward_batch.seq_lens_cpu.tolist())
-    return _SELECTING if selects else _EVERYTHING
+    return _LABELS[runner.attn_backend.decode_step(forward_batch.seq_lens_cpu.tolist())]
 
 
 def _can_run(result: bool, runner: Any, forward_batch: Any) -> bool | None:
@@ -54,10 +66,11 @@ def _read_until_the_end(result: Any, runner: Any, *args: Any, **kwargs: Any) -> 
 
 
 def _is_ours(runner: Any) -> bool:
-    return hasattr(runner.attn_backend, "decode_selects")
+    return hasattr(runner.attn_backend, "decode_step")
 
 
 HOOKS = (
+    Hook(f"{_RUNNER}.capture_one_shape", "after", _capture),
     Hook(f"{_RUNNER}._resolve_lora_variant", "around", _variant),
     Hook(f"{_RUNNER}.can_run_graph", "after", _can_run),
     Hook(f"{_RUNNER}.execute", "after", _read_until_the_end),

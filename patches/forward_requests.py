@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells the backend which requests a forward has: their rows of `req_to_token`, and what they ask for.
+"""Tells the backend which requests a forward has: their rows of `req_to_token`, what they ask for and what they share.
 
 Symptom without it: `ForwardBatch` has the rows on the device alone, so reading them would wait for the device in every
-step; it has no custom_params; and CUDA graphs hand the backend a view without the requests.
-Seam: `ForwardBatch.init_new`, where SGLang makes the forward's batch of the scheduler's, which has both on the host.
+step; it has no custom_params and no radix tree; and CUDA graphs hand the backend a view without the requests.
+Seam: `ForwardBatch.init_new`, where SGLang makes the forward's batch of the scheduler's, which has all on the host.
 May go when `ForwardBatch` and its views carry them.
 """
 
@@ -17,7 +17,7 @@ from .hook import Hook
 def _stage(result: Any, cls: type, batch: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
     stage = getattr(model_runner.attn_backend, "stage_requests", None)
     if stage is not None:
-        stage(batch.req_pool_indices_cpu.tolist(), batch.reqs)
+        stage(batch.req_pool_indices_cpu.tolist(), batch.reqs, batch.tree_cache)
 
 
 HOOKS = (Hook("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", "after", _stage),)

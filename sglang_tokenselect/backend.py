@@ -19,10 +19,12 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang_tokenselect import flags, refusals
 from sglang_tokenselect.create_runner import create_runner
 from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.patches import chunk_alignment, decode_graphs, install
 from sglang_tokenselect.planner import StagedRequests, plan_forward
+from sglang_tokenselect.prefix_groups import PrefixGroups
 from sglang_tokenselect.request_options import parse_options
-from sglang_tokenselect.runner import Graph, LayerInput, Runner
+from sglang_tokenselect.runner import Graph, LayerInput, Runner, Step
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -60,6 +62,8 @@ class TokenSelectAttnBackend(AttentionBackend):
         self.runner: Runner = create_runner(model_runner, self.config)
         self._staged: StagedRequests | None = None
         self._windows: Sequence[Window | None] = ()
+        self._prefix_groups = PrefixGroups(self.runner.min_group)
+        self._shared: tuple[SharedSegment, ...] = ()
         logger.info("TokenSelect: %s; runner: %s", self.config, type(self.runner).__name__)
 
     def report(self) -> dict[str, Any]:
@@ -70,17 +74,19 @@ class TokenSelectAttnBackend(AttentionBackend):
             "counters": self.runner.report().to_dict(),
         }
 
-    def stage_requests(self, rows: list[int], reqs: Sequence[Any]) -> None:
+    def stage_requests(self, rows: list[int], reqs: Sequence[Any], tree_cache: Any) -> None:
         """Told by patches/forward_requests.py before each forward, without padding.
 
         Args:
             rows: `req_pool_indices` on the host.
             reqs: SGLang's Req of each row.
+            tree_cache: SGLang's cache of prefixes.
         """
         windows = [self._own_window(req) if req.sampling_params.custom_params else None for req in reqs]
         # Kept until the next forward: SGLang asks for a graph's variant before `_begin`, and once more after it.
         self._windows = windows if any(windows) else ()
-        self._staged = StagedRequests(rows, self._windows)
+        self._shared = self._prefix_groups.find(reqs, tree_cache)
+        self._staged = StagedRequests(rows, self._windows, self._shared)
 
     def _own_window(self, req: Any) -> Window | None:
         """What the request asks for, read once in its life."""
@@ -106,13 +112,17 @@ class TokenSelectAttnBackend(AttentionBackend):
         """Whether the current forward may read `req_to_token` in its layers."""
         return self.runner.selects
 
-    def decode_selects(self, seq_lens: Sequence[int]) -> bool:
-        """Which of its two graphs a decode step of requests of such lengths needs."""
-        return self.runner.decode_selects(seq_lens, self._windows)
+    def decode_step(self, seq_lens: Sequence[int]) -> Step:
+        """Which of its graphs a decode step of requests of such lengths needs."""
+        return self.runner.decode_step(seq_lens, self._windows, self._shared)
+
+    def may_share(self, num_requests: int) -> bool:
+        """Whether a decode step of so many requests may need a graph for steps that share."""
+        return 0 < self.runner.min_group <= num_requests
 
     def fits_graph(self, seq_lens: Sequence[int]) -> bool:
         """Whether a captured graph can serve such a decode step."""
-        return self.runner.fits_graph(seq_lens, self._windows)
+        return self.runner.fits_graph(seq_lens, self._windows, self._shared)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         self._begin(forward_batch, Graph.NONE)
@@ -123,10 +133,10 @@ class TokenSelectAttnBackend(AttentionBackend):
     def _begin(self, forward_batch: ForwardBatch, graph: Graph) -> None:
         staged, self._staged = self._staged, None
         if staged is None:
-            self._windows = ()
+            self._windows, self._shared = (), ()
         if not forward_batch.forward_mode.is_idle():
-            selects = decode_graphs.captured_selection() if graph is Graph.CAPTURE else None
-            self.runner.begin(plan_forward(forward_batch, staged), forward_batch, graph, selects=selects)
+            step = decode_graphs.captured_step() if graph is Graph.CAPTURE else None
+            self.runner.begin(plan_forward(forward_batch, staged), forward_batch, graph, step=step)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         self.runner.reserve_graph_rows(max_bs, self._max_context_len)

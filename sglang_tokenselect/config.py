@@ -61,6 +61,11 @@ class TokenSelectConfig:
     cache_requests: int = _option(
         256, "requests whose decode selections are kept for reuse on a GPU; those beyond vote in every step", minimum=0
     )
+    min_group: int = _option(
+        4,
+        "requests that share a long prefix and are at least so many have it scored once for all; 0 never",
+        minimum=0,
+    )
     dense_layers: tuple[int, ...] = _option((), "layers that attend to everything, such as 0,1,30-31")
     vote_scale: float = _option(1.0, "factor of the logits in the vote (not in the attention)", above=0.0)
     max_budget: int | None = _option(
@@ -100,6 +105,8 @@ class TokenSelectConfig:
             check_option(option.name, getattr(self, option.name))
         if self.block % self.sub_block:
             raise ConfigError("sub_block", f"a divisor of block={self.block}", self.sub_block)
+        if self.min_group == 1:
+            raise ConfigError("min_group", "0 or at least 2", 1)
         if self.is_compact and self.dense_layers:
             raise ConfigError(
                 "dense_layers",

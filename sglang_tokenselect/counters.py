@@ -21,6 +21,7 @@ class Counters:
         votes: selections made for decode queries.
         reuses: decode queries that a cached selection served.
         uncached_queries: decode queries that voted because the selection cache had no entry left for them.
+        shared_queries: decode queries that selected while their request shared the scoring of a prefix with others.
         block_votes: selections made for prefill blocks.
     """
 
@@ -31,6 +32,7 @@ class Counters:
     votes: int = 0
     reuses: int = 0
     uncached_queries: int = 0
+    shared_queries: int = 0
     block_votes: int = 0
 
     def count_decode(self, plan: ForwardPlan, window: Window) -> None:
@@ -38,13 +40,16 @@ class Counters:
         Args:
             window: of requests without one of their own.
         """
-        for request in plan.requests:
+        sharing = {row for segment in plan.shared if segment.start == 0 for row in segment.rows}
+        for row, request in enumerate(plan.requests):
             if request.req_pool_idx != PADDING_ROW:
                 attended = (request.window or window).attended_length(request.seq_len)
                 self.decode_queries += 1
                 self.cached_tokens += request.seq_len
                 self.attended_tokens += attended
-                self.dense_queries += attended == request.seq_len
+                is_dense = attended == request.seq_len
+                self.dense_queries += is_dense
+                self.shared_queries += row in sharing and not is_dense
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)

@@ -63,7 +63,7 @@ def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> 
     dense = None if config.is_compact else DenseBackend(model_runner, logit_cap)
     pool = model_runner.req_to_token_pool
     buffers = GpuBuffers.allocate(config, shape, max_rows=pool.size, device=model_runner.device)
-    decode_graphs.capture_both()
+    decode_graphs.capture_all()
     logger.info(
         "TokenSelect: %.0f MiB on the GPU, %.0f MiB of it for the decode selections of %d requests in %d layers",
         buffers.total_bytes / MIB,
@@ -85,6 +85,10 @@ def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> 
         rope=table,
         sampled_layers=[partial(_layer_input, model_runner, layer) for layer in layers if layer.layer_id in layer_ids],
     )
+    if runner.min_group != config.min_group:
+        logger.warning(
+            "TokenSelect: shared prefixes are scored for each request, as there are %d KV heads", shape.num_kv_heads
+        )
     begin = time.perf_counter()
     runner.warm_up(LayerInput.of_pool(model_runner.token_to_kv_pool, layer_ids[0]))
     logger.info("TokenSelect: kernels of prefill ready after %.0f s", time.perf_counter() - begin)

@@ -6,7 +6,7 @@ The same code allocates on the "meta" device to tell the bytes before the KV poo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,18 +15,25 @@ from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.kernels.block_plan import BlockScratch, count_rows_per_block
 from sglang_tokenselect.kernels.rows import SelectionRows
 from sglang_tokenselect.kernels.selection_cache import SelectionCaches
+from sglang_tokenselect.kernels.shared_plan import SharedPrefixes
 from sglang_tokenselect.kernels.transfer import ALIGNMENT
-from sglang_tokenselect.kernels.workspace import DecodeWorkspace, Workspace, WorkspaceLimits, nbytes
+from sglang_tokenselect.kernels.workspace import DecodeWorkspace, WorkspaceLimits, nbytes
 from sglang_tokenselect.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
 
-DECODE_CANDIDATES = 2 * 2**20
-"""Tokens that a decode step scores in one part; a step with more leaves the CUDA graph and takes several."""
+OWN_CANDIDATES = 2 * 2**20
+"""Tokens that the requests of a decode step score by themselves in one part.
 
-PREFILL_CANDIDATES = 8 * 2**20
-"""Block times token pairs that a prefill scores in one part: a chunk of 8,192 at a context of 131,072."""
+A step with more leaves the CUDA graph and takes several parts; so does one with more than CANDIDATES in all.
+"""
+
+CANDIDATES = 8 * 2**20
+"""Tokens that a decode step, block times token pairs that a prefill selects from in one part.
+
+Of the latter as many as a chunk of 8,192 has at a context of 131,072.
+"""
 
 PREFILL_BLOCKS = 128
 """Blocks of one part."""
@@ -47,21 +54,24 @@ class GpuBuffers:
 
     Attributes:
         caches: selection cache of all layers that select.
-        decode, rows: scratch of decode selection.
-        prefill, scratch, means: scratch of prefill selection.
+        workspace: scratch of decode selection, and of top-k in prefill, within `prefill_limits`.
+        rows: scratch of decode selection.
+        scratch, means: scratch of prefill selection.
         step: int32, STEP_SECTIONS one after the other, each begun where it is aligned.
+        shared: int32, memory of SharedPrefixes for the rows of any batch.
         probe: [max_rows, num_qo_heads * head_dim], decode queries of a layer that is sampled.
         rotated: [max_rows, num_qo_heads, head_dim], decode queries rotated for scoring; empty in absolute mode.
         int_workspace: for the plans of all FlashInfer wrappers of decode, which take turns.
     """
 
     caches: SelectionCaches
-    decode: DecodeWorkspace
+    workspace: DecodeWorkspace
     rows: SelectionRows
-    prefill: Workspace
+    prefill_limits: WorkspaceLimits
     scratch: BlockScratch
     means: torch.Tensor
     step: torch.Tensor
+    shared: torch.Tensor
     probe: torch.Tensor
     rotated: torch.Tensor
     int_workspace: torch.Tensor
@@ -77,20 +87,21 @@ class GpuBuffers:
         max_budget = max(config.largest_budget, 1)
         heads, head_dim = shape.num_qo_heads, shape.head_dim
         num_means = PREFILL_BLOCKS * count_rows_per_block(config.block, config.sub_block)
-
-        def limits(rows: int, candidates: int) -> WorkspaceLimits:
-            return WorkspaceLimits(rows, max(candidates, shape.context_len), shape.context_len, max_budget)
-
+        limits = WorkspaceLimits(
+            max(max_rows, PREFILL_BLOCKS), max(CANDIDATES, shape.context_len), shape.context_len, max_budget
+        )
+        own_candidates = max(OWN_CANDIDATES, shape.context_len)
         return cls(
             caches=SelectionCaches.create(
                 shape.num_layers, config.cache_requests, heads * head_dim, max_budget, shape.dtype, device
             ),
-            decode=DecodeWorkspace(limits(max_rows, DECODE_CANDIDATES), heads, shape.num_kv_heads, device),
+            workspace=DecodeWorkspace(limits, heads, shape.num_kv_heads, device, max_own_candidates=own_candidates),
             rows=SelectionRows.empty(max_rows, device),
-            prefill=Workspace(limits(PREFILL_BLOCKS, PREFILL_CANDIDATES), device),
+            prefill_limits=replace(limits, max_rows=PREFILL_BLOCKS),
             scratch=BlockScratch.allocate(num_means, heads, device),
             means=torch.empty(num_means, heads, head_dim, dtype=shape.dtype, device=device),
             step=torch.zeros(STEP_SECTIONS * (max_rows + ALIGNMENT), dtype=torch.int32, device=device),
+            shared=torch.zeros(SharedPrefixes.count_ints(max_rows), dtype=torch.int32, device=device),
             probe=torch.empty(max_rows, heads * head_dim, dtype=shape.dtype, device=device),
             rotated=torch.empty(
                 max_rows if config.is_compact else 0, heads, head_dim, dtype=shape.dtype, device=device

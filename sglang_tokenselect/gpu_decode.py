@@ -18,9 +18,11 @@ from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.rotate import rotate
 from sglang_tokenselect.kernels.rows import EVERYTHING
-from sglang_tokenselect.kernels.select_decode import select_decode
+from sglang_tokenselect.kernels.select_decode import DecodePart, select_decode
 from sglang_tokenselect.kernels.selection_cache import DecodeBatch, Probe
-from sglang_tokenselect.kernels.transfer import ALIGNMENT, int32, pinned
+from sglang_tokenselect.kernels.shared_plan import SharedPlan, SharedPrefixes
+from sglang_tokenselect.kernels.shared_segment import SharedSegment
+from sglang_tokenselect.kernels.transfer import ALIGNMENT, int32, pinned, to_device
 from sglang_tokenselect.runner import Graph, LayerInput
 from sglang_tokenselect.slot_lists import SlotLists
 
@@ -32,11 +34,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step: its rows as the kernels read them, and how many parts they are selected in."""
+    """A step: its rows as the kernels read them, and the parts that they are selected in."""
 
     batch: DecodeBatch
     lists: SlotLists
-    num_parts: int
+    parts: tuple[DecodePart, ...]
 
 
 class GpuDecode:
@@ -56,11 +58,15 @@ class GpuDecode:
         self._config, self._buffers, self._req_to_token = config, buffers, req_to_token
         self._attention, self._rope = attention, rope
         self._layers = {layer_id: i for i, layer_id in enumerate(layer_ids)}
-        self._max_rows = buffers.decode.limits.max_rows
+        self._max_rows = len(buffers.probe)
         self._positions = torch.full((self._max_rows,), config.local, dtype=torch.int32, device=device)
         self._graph_indices = torch.empty(0, dtype=torch.int32, device=device)
         self._padding_slots = 0
         self._step: _Step | None = None
+        # What the last step shared, and what told so: most steps are like the one before, and asked about thrice.
+        self._told: tuple | None = None
+        self._shared: SharedPlan | None = None
+        self._written: SharedPlan | None = None
 
     def reserve_graph_rows(self, max_rows: int, max_context_len: int) -> None:
         """Index memory for graphs of up to `max_rows` requests. Graphs captured before are not replayed again."""
@@ -71,19 +77,37 @@ class GpuDecode:
         self._padding_slots = max_rows
         self._attention.forget_graphs()
 
-    def fits_graph(self, seq_lens: Sequence[int], windows: Sequence[Window]) -> bool:
+    def fits_graph(self, seq_lens: Sequence[int], windows: Sequence[Window], shared: tuple[SharedSegment, ...]) -> bool:
         """Whether a graph's one part and its slots are enough for a step of such requests."""
         num_slots = sum(window.attended_length(n) for n, window in zip(seq_lens, windows, strict=True))
-        return num_slots + self._padding_slots <= len(self._graph_indices) and self._count_parts(seq_lens, windows) == 1
+        if num_slots + self._padding_slots > len(self._graph_indices):
+            return False
+        plan = self.share(seq_lens, windows, shared)
+        return len(self._cut_rows(self._count_candidates(seq_lens, windows), plan)) == 1
 
-    def _count_parts(self, seq_lens: Sequence[int], windows: Sequence[Window]) -> int:
-        """Parts that the step is selected in, if no row reuses a selection."""
+    def share(
+        self, seq_lens: Sequence[int], windows: Sequence[Window], shared: tuple[SharedSegment, ...]
+    ) -> SharedPlan | None:
+        """What is scored for several rows at once; None: nothing."""
+        if not shared:
+            return None
+        candidates = self._count_candidates(seq_lens, windows)
+        if self._told != (shared, candidates):
+            self._told = (shared, candidates)
+            plan = SharedPlan.of(shared, candidates, num_sink=self._config.sink, min_rows=self._config.min_group)
+            self._shared = plan if plan.segments else None
+        return self._shared
+
+    def _count_candidates(self, seq_lens: Sequence[int], windows: Sequence[Window]) -> list[int]:
+        """Of each row, if it does not reuse a selection."""
         ends = self._config.sink + self._config.local
-        candidates = [
+        return [
             n - ends if n > window.dense_len and window.budget else 0
             for n, window in zip(seq_lens, windows, strict=True)
         ]
-        return self._buffers.decode.limits.count_parts(candidates)
+
+    def _cut_rows(self, candidates: Sequence[int], plan: SharedPlan | None) -> list[range]:
+        return self._buffers.workspace.cut_rows(candidates, plan.shared_tiles if plan else None)
 
     def begin(
         self,
@@ -92,14 +116,19 @@ class GpuDecode:
         cache_slots: Sequence[int],
         effort: Effort,
         probed_layer: int,
+        shared: tuple[SharedSegment, ...],
         forward_batch: ForwardBatch,
         graph: Graph,
+        *,
+        captures_shared: bool = False,
     ) -> None:
         """Once per step.
 
         Args:
             seq_lens: of each row, those that pad a graph included.
             windows: of each row.
+            shared: see ForwardPlan.shared.
+            captures_shared: the graph that is captured is for steps that share.
             cache_slots: entry of the selection cache of each row; -1: none.
             probed_layer: see Probe.layer.
         """
@@ -121,7 +150,12 @@ class GpuDecode:
             max_reuse=step[3, 1:2],
             probe=Probe(step[3, 2:3], self._buffers.probe),
         )
-        self._step = _Step(batch, lists, num_parts=1 if in_graph else self._count_parts(seq_lens, windows))
+        if graph is Graph.CAPTURE:
+            parts = (self._graph_part(num_rows, captures_shared),)
+            self._write_shared(SharedPlan.of((), [0] * num_rows, num_sink=0, min_rows=2))
+        else:
+            parts = self._make_parts(self._count_candidates(seq_lens, windows), self.share(seq_lens, windows, shared))
+        self._step = _Step(batch, lists, parts)
         plans = {
             Graph.NONE: self._attention.plan,
             Graph.CAPTURE: self._attention.plan_capture,
@@ -145,17 +179,47 @@ class GpuDecode:
             step.batch,
             buffers.caches.layer(index),
             buffers.rows,
-            buffers.decode,
+            buffers.workspace,
             step.lists.kv_indices,
             num_sink=config.sink,
             num_local=config.local,
             vote_scale=config.vote_scale,
-            num_parts=step.num_parts,
+            parts=step.parts,
             layer=index,
         )
 
     def attend(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
         return self._attention.run(query, (layer.key_pool, layer.value_pool), layer.scaling)
+
+    def _graph_part(self, num_rows: int, shares: bool) -> DecodePart:
+        """All rows; what they share is read from memory that each step writes."""
+        return DecodePart(range(num_rows), SharedPrefixes.view(self._buffers.shared, num_rows) if shares else None)
+
+    def _make_parts(self, candidates: Sequence[int], plan: SharedPlan | None) -> tuple[DecodePart, ...]:
+        """For this step, eager or replayed."""
+        runs = self._cut_rows(candidates, plan)
+        if plan is None:
+            return tuple(map(DecodePart, runs))
+        if len(runs) == 1:
+            self._write_shared(plan)
+            return (self._graph_part(len(candidates), True),)
+        memories = tuple(torch.empty(SharedPrefixes.count_ints(len(rows)), dtype=torch.int32) for rows in runs)
+        for rows, memory in zip(runs, memories, strict=True):
+            plan.part(rows).write(memory)
+        memories = to_device(memories, self._req_to_token.device)
+        return tuple(
+            DecodePart(rows, SharedPrefixes.view(memory, len(rows)))
+            for rows, memory in zip(runs, memories, strict=True)
+        )
+
+    def _write_shared(self, plan: SharedPlan) -> None:
+        """To where graphs read it, unless it is there."""
+        if plan != self._written:
+            memory = torch.empty(SharedPrefixes.count_ints(len(plan.segment)), dtype=torch.int32)
+            plan.write(memory)
+            target = self._buffers.shared
+            target[: len(memory)].copy_(pinned(memory, target.device), non_blocking=True)
+            self._written = plan
 
     def _write_step(
         self,

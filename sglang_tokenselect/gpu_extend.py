@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,7 @@ from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.rotate import rotate
 from sglang_tokenselect.kernels.rows import EVERYTHING
 from sglang_tokenselect.kernels.select_blocks import PrefillBlock, PrefillPlan, plan_prefill, select_blocks
+from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.kernels.transfer import int32, to_device
 from sglang_tokenselect.planner import PADDING_ROW, PADDING_SLOT, RequestPlan
 from sglang_tokenselect.runner import LayerInput
@@ -57,18 +58,31 @@ class GpuExtend:
         cuts = map(self._cut_request, requests, windows)
         return [block for blocks in cuts for block in blocks]
 
-    def begin(self, blocks: Sequence[PrefillBlock]) -> None:
-        """Once per extend."""
+    def begin(
+        self,
+        blocks: Sequence[PrefillBlock],
+        requests: Sequence[RequestPlan] = (),
+        shared: Sequence[SharedSegment] = (),
+    ) -> None:
+        """Once per extend.
+
+        Args:
+            requests: those of the forward, in its order, which `shared` counts; none needed where nobody shares.
+            shared: see ForwardPlan.shared.
+        """
         config, buffers, device = self._config, self._buffers, self._req_to_token.device
         plan = plan_prefill(
             blocks,
-            buffers.prefill.limits,
+            buffers.prefill_limits,
             block=config.block,
             sub_block=config.sub_block,
             num_sink=config.sink,
             num_local=config.local,
-            num_qo_heads=buffers.decode.num_qo_heads,
+            num_qo_heads=buffers.workspace.num_qo_heads,
             device=device,
+            shared=[
+                replace(segment, rows=tuple(requests[row].req_pool_idx for row in segment.rows)) for segment in shared
+            ],
         )
         rows = int32([block.req_pool_idx for block in blocks])
         ends = int32([block.end if block.is_dense else 0 for block in blocks])
@@ -91,7 +105,7 @@ class GpuExtend:
             query,
             PagedKeys(layer.key_pool, self._req_to_token),
             extend.plan,
-            buffers.prefill,
+            buffers.workspace,
             buffers.scratch,
             buffers.means,
             extend.lists.kv_indices,
@@ -112,12 +126,12 @@ class GpuExtend:
         """
         layer.key_pool[PADDING_SLOT] = 0
         start = self._config.window.dense_len + 1
-        if start >= self._buffers.prefill.limits.max_seq_len:
+        if start >= self._buffers.prefill_limits.max_seq_len:
             return  # no request can be long enough to select
-        num_blocks, most = 1, self._buffers.prefill.limits.max_rows
+        num_blocks, most = 1, self._buffers.prefill_limits.max_rows
         while num_blocks <= most:
             self.begin([PrefillBlock(PADDING_ROW, start, start + 1, i, self._config.budget) for i in range(num_blocks)])
-            shape = (num_blocks, self._buffers.decode.num_qo_heads, layer.key_pool.shape[2])
+            shape = (num_blocks, self._buffers.workspace.num_qo_heads, layer.key_pool.shape[2])
             self.select(torch.zeros(shape, dtype=layer.key_pool.dtype, device=layer.key_pool.device), layer)
             num_blocks *= 2
 

@@ -25,9 +25,11 @@ from sglang_tokenselect.gpu_extend import GpuExtend
 from sglang_tokenselect.gpu_mass import NO_LAYER, GpuMass
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.kernels.transfer import to_device
+from sglang_tokenselect.kernels.workspace import MAX_SHARED_KV_HEADS
 from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan
-from sglang_tokenselect.runner import Graph, LayerInput, Runner
+from sglang_tokenselect.runner import Graph, LayerInput, Runner, Step
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -69,6 +71,8 @@ class GpuRunner(Runner):
         self._slots, self._counts = CacheSlots(config.cache_requests), DeviceReads()
         self._mass = GpuMass(config, buffers.caches, buffers.probe, req_to_token, sampled_layers)
         self._dense_slots = 0
+        if buffers.workspace.num_kv_heads > MAX_SHARED_KV_HEADS:
+            self.min_group = 0
         self._decode = GpuDecode(config, layer_ids, buffers, req_to_token, decode_attention, rope)
         self._extend = GpuExtend(config, buffers, req_to_token, prefill_attention, rope)
         self._current: GpuDecode | GpuExtend = self._decode
@@ -86,15 +90,32 @@ class GpuRunner(Runner):
         """See GpuExtend.warm_up. The kernels of decode are compiled when graphs are captured."""
         self._extend.warm_up(layer)
 
-    def fits_graph(self, seq_lens: Sequence[int], windows: Sequence[Window | None] = ()) -> bool:
+    def decode_step(
+        self,
+        seq_lens: Sequence[int],
+        windows: Sequence[Window | None] = (),
+        shared: tuple[SharedSegment, ...] = (),
+    ) -> Step:
+        step = super().decode_step(seq_lens, windows)
+        if step is Step.SELECTS and self._decode.share(seq_lens, self._decode_windows(seq_lens, windows), shared):
+            return Step.SHARES
+        return step
+
+    def fits_graph(
+        self,
+        seq_lens: Sequence[int],
+        windows: Sequence[Window | None] = (),
+        shared: tuple[SharedSegment, ...] = (),
+    ) -> bool:
         is_delegated = self.dense is not None and not self.decode_selects(seq_lens, windows)
         if (is_delegated or self._dense_in_all_forwards) and sum(seq_lens) > self._dense_slots:
             return False
         if is_delegated:
             return True
-        return self._decode.fits_graph(
-            seq_lens, [own or self.decode_window for _, own in zip_longest(seq_lens, windows)]
-        )
+        return self._decode.fits_graph(seq_lens, self._decode_windows(seq_lens, windows), shared)
+
+    def _decode_windows(self, seq_lens: Sequence[int], windows: Sequence[Window | None]) -> list[Window]:
+        return [own or self.decode_window for _, own in zip_longest(seq_lens, windows)]
 
     def delegates(self, layer_id: int) -> bool:
         return self._delegated or layer_id not in self._layer_ids
@@ -115,10 +136,10 @@ class GpuRunner(Runner):
         self.counters = replace(known, reuses=max(reuses, known.reuses), votes=max(votes, known.votes))
 
     def begin(
-        self, plan: ForwardPlan, forward_batch: ForwardBatch, graph: Graph = Graph.NONE, *, selects: bool | None = None
+        self, plan: ForwardPlan, forward_batch: ForwardBatch, graph: Graph = Graph.NONE, *, step: Step | None = None
     ) -> None:
         if plan.is_decode:
-            self._begin_decode(plan, forward_batch, graph, selects)
+            self._begin_decode(plan, forward_batch, graph, step)
         else:
             self._begin_extend(plan)
         if self.dense is not None and (self._delegated or self._dense_in_all_forwards):
@@ -129,10 +150,10 @@ class GpuRunner(Runner):
             self._current.select(query, layer)
         return self._current.attend(query, layer)
 
-    def _begin_decode(self, plan: ForwardPlan, forward_batch: ForwardBatch, graph: Graph, selects: bool | None) -> None:
+    def _begin_decode(self, plan: ForwardPlan, forward_batch: ForwardBatch, graph: Graph, step: Step | None) -> None:
         seq_lens = [request.seq_len for request in plan.requests]
         own = [request.window for request in plan.requests]
-        self.selects = self.decode_selects(seq_lens, own) if selects is None else selects
+        self.selects = self.decode_selects(seq_lens, own) if step is None else step is not Step.EVERYTHING
         self._delegated = self.dense is not None and not self.selects
         self.counters.count_decode(plan, self.decode_window)
         windows = [self.decode_window_of(request) for request in plan.requests]
@@ -144,7 +165,17 @@ class GpuRunner(Runner):
             self._current = self._decode
             is_sampled = self.samples_mass and graph is not Graph.CAPTURE
             probed = self._mass.choose(plan.requests, cache_slots, self.effort) if is_sampled else NO_LAYER
-            self._decode.begin(seq_lens, windows, cache_slots, self.effort, probed, forward_batch, graph)
+            self._decode.begin(
+                seq_lens,
+                windows,
+                cache_slots,
+                self.effort,
+                probed,
+                plan.shared,
+                forward_batch,
+                graph,
+                captures_shared=step is Step.SHARES,
+            )
 
     def _lend_entries(self, plan: ForwardPlan, windows: Sequence[Window]) -> list[int]:
         """The entry of the selection cache of each row; -1: none, or none needed."""
@@ -168,4 +199,4 @@ class GpuRunner(Runner):
         self.counters.block_votes += sum(block.req_pool_idx != PADDING_ROW for block in sparse) * len(self._layer_ids)
         if not self._delegated:
             self._current = self._extend
-            self._extend.begin(blocks)
+            self._extend.begin(blocks, plan.requests, plan.shared)

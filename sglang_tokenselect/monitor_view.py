@@ -96,7 +96,10 @@ def rows(snapshot: Snapshot) -> Iterator[tuple[str, Text]]:
     yield "kv cache", Text(f"{_percent(snapshot.kv_usage)} in use")
     yield (
         "decode queries",
-        Text(f"{count('decode_queries')}, {count('dense_queries')} dense, {count('uncached_queries')} uncached"),
+        Text(
+            f"{count('decode_queries')}, {count('dense_queries')} dense, {count('shared_queries')} shared, "
+            f"{count('uncached_queries')} uncached"
+        ),
     )
     yield "selections", Text(f"{count('votes')} votes, {count('reuses')} reuses, {count('block_votes')} for prefill")
     yield "tokens", Text(f"{count('attended_tokens')} attended, {snapshot.tokens_not_read:,} not read")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.kernels.shared_segment import SharedSegment
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -44,10 +45,15 @@ class RequestPlan:
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """The requests of one forward, in batch order, those that pad it included."""
+    """The requests of one forward, in batch order, those that pad it included.
+
+    Attributes:
+        shared: what requests share of their prefixes; rows index `requests`, none that pads among them.
+    """
 
     is_decode: bool
     requests: tuple[RequestPlan, ...]
+    shared: tuple[SharedSegment, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,12 @@ class StagedRequests:
     Attributes:
         rows: `req_pool_indices` on the host.
         windows: see RequestPlan.window; empty if nobody has one.
+        shared: see ForwardPlan.shared.
     """
 
     rows: Sequence[int]
     windows: Sequence[Window | None]
+    shared: tuple[SharedSegment, ...] = ()
 
 
 def plan_forward(forward_batch: ForwardBatch, staged: StagedRequests | None = None) -> ForwardPlan:
@@ -82,4 +90,4 @@ def plan_forward(forward_batch: ForwardBatch, staged: StagedRequests | None = No
     for row, seq_len, num_queries, window in zip(rows, seq_lens, lengths, windows, strict=True):
         requests.append(RequestPlan(row, seq_len, first_query, num_queries, window))
         first_query += num_queries
-    return ForwardPlan(is_decode, tuple(requests))
+    return ForwardPlan(is_decode, tuple(requests), staged.shared)

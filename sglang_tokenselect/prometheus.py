@@ -56,6 +56,7 @@ METRICS = (
     Metric(
         "uncached_queries_total", "uncached_queries", "decode queries that the selection cache had no entry left for"
     ),
+    Metric("shared_queries_total", "shared_queries", "decode queries that shared the scoring of a prefix with others"),
     Metric("block_votes_total", "block_votes", "selections made for prefill blocks"),
     Metric("cached_tokens_total", "cached_tokens", "tokens that decode queries could have attended to"),
     Metric("attended_tokens_total", "attended_tokens", "tokens that decode queries attended to"),

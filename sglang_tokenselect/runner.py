@@ -15,6 +15,7 @@ from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.counters import Counters
 from sglang_tokenselect.effort import Effort, effort_at
 from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ class Graph(Enum):
     NONE = "none"
     CAPTURE = "capture"
     REPLAY = "replay"
+
+
+class Step(Enum):
+    """What a decode step does; each kind has CUDA graphs of its own."""
+
+    EVERYTHING = "everything"
+    SELECTS = "selects"
+    SHARES = "shares"
+    """Selects, and scores what requests share once for all of them."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +79,14 @@ class Runner:
         decode_window: of decode queries of requests without a window of their own, at this effort.
         dense: an AttentionBackend for what is delegated; None where nothing is.
         selects: whether any request of the current forward may select.
+        min_group: requests that must share a prefix for it to be scored once for all; 0: never.
     """
 
     dense: Any = None
     selects: bool = True
 
     def __init__(self, config: TokenSelectConfig) -> None:
-        self.config, self.counters = config, Counters()
+        self.config, self.counters, self.min_group = config, Counters(), config.min_group
         self.masses: list[tuple[float, int]] = []
         self.samples_mass = False
         self.set_effort(effort_at(config, 0))
@@ -94,12 +105,12 @@ class Runner:
         return request.window or self.config.window
 
     def begin(
-        self, plan: ForwardPlan, forward_batch: ForwardBatch, graph: Graph = Graph.NONE, *, selects: bool | None = None
+        self, plan: ForwardPlan, forward_batch: ForwardBatch, graph: Graph = Graph.NONE, *, step: Step | None = None
     ) -> None:
         """Once per forward, before its first layer.
 
         Args:
-            selects: at capture, whether the graph is to select; otherwise the lengths tell.
+            step: at capture, what the graph is to do; otherwise the requests tell.
         """
         raise NotImplementedError
 
@@ -143,6 +154,25 @@ class Runner:
             return max(seq_lens, default=0) > self._decode_dense_len
         return any(n > (own or self.decode_window).dense_len for n, own in zip_longest(seq_lens, windows))
 
-    def fits_graph(self, seq_lens: Sequence[int], windows: Sequence[Window | None] = ()) -> bool:
-        """Whether a captured graph can serve such a decode step; for the arguments see decode_selects."""
+    def decode_step(
+        self,
+        seq_lens: Sequence[int],
+        windows: Sequence[Window | None] = (),
+        shared: tuple[SharedSegment, ...] = (),
+    ) -> Step:
+        """What a decode step of such requests does.
+
+        Args:
+            windows: see decode_selects.
+            shared: see ForwardPlan.shared.
+        """
+        return Step.SELECTS if self.decode_selects(seq_lens, windows) else Step.EVERYTHING
+
+    def fits_graph(
+        self,
+        seq_lens: Sequence[int],
+        windows: Sequence[Window | None] = (),
+        shared: tuple[SharedSegment, ...] = (),
+    ) -> bool:
+        """Whether a captured graph can serve such a decode step; for the arguments see decode_step."""
         return False

@@ -22,7 +22,7 @@ from sglang_tokenselect.kernels.reference.prefill import cut_blocks, first_spars
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.mass_sampling import MassSampling
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
-from sglang_tokenselect.runner import Graph, LayerInput, Runner
+from sglang_tokenselect.runner import Graph, LayerInput, Runner, Step
 
 
 class TorchRunner(Runner):
@@ -51,7 +51,7 @@ class TorchRunner(Runner):
         self._sampled: tuple[int, RequestPlan] | None = None
 
     def begin(
-        self, plan: ForwardPlan, forward_batch: Any = None, graph: Graph = Graph.NONE, *, selects: bool | None = None
+        self, plan: ForwardPlan, forward_batch: Any = None, graph: Graph = Graph.NONE, *, step: Step | None = None
     ) -> None:
         """A prefill ends what is cached for its rows, whoever had them before."""
         self._plan, self._sampled = plan, None

@@ -83,10 +83,12 @@ def stages(model: DecodeLayers) -> dict[str, list]:
     }
 
 
-def time_hits(shape: Shape) -> Timing:
+def time_hits(shape: Shape, *, share: bool = False) -> Timing:
     """Every step is one token later than the step before, as in a server."""
     # A hit reads no keys: one layer's serve all.
     model = DecodeLayers(shape, HIT_LAYERS, share_keys=True)
+    if share:
+        model.share()
     for index in range(HIT_LAYERS):
         model.select(index)
     model.batch.theta.fill_(-1.0)

@@ -12,8 +12,10 @@ from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference.vote import soft_vote
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.rows import SelectionRows
-from sglang_tokenselect.kernels.select_decode import select_decode
+from sglang_tokenselect.kernels.select_decode import DecodePart, select_decode
 from sglang_tokenselect.kernels.selection_cache import DecodeBatch, SelectionCache
+from sglang_tokenselect.kernels.shared_plan import SharedPlan, SharedPrefixes
+from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.kernels.workspace import DecodeWorkspace, WorkspaceLimits
 
 WINDOW = Window(num_sink=128, budget=2048, num_local=512)
@@ -24,21 +26,29 @@ ROOM = 64  # tokens that a request may grow by
 
 @dataclass(frozen=True)
 class Shape:
-    """Requests of equal length, and the heads of the model."""
+    """Requests of equal length, the heads of the model, and how many first tokens the requests have in common."""
 
     requests: int
     context: int
     num_qo_heads: int = 32
     num_kv_heads: int = 8
+    shared: int = 0
+
+    @property
+    def num_slots(self) -> int:
+        """With room for each request to grow."""
+        return self.shared + self.requests * (self.context - self.shared + ROOM)
 
     @property
     def key_bytes(self) -> int:
-        return self.requests * self.context * self.num_kv_heads * HEAD_DIM * DTYPE.itemsize
+        """Of all tokens, those that requests have in common once."""
+        tokens = self.shared + self.requests * (self.context - self.shared)
+        return tokens * self.num_kv_heads * HEAD_DIM * DTYPE.itemsize
 
     @property
     def columns(self) -> dict[str, object]:
         heads = f"{self.num_qo_heads}/{self.num_kv_heads} d{HEAD_DIM}"
-        return {"requests": self.requests, "context": self.context, "heads": heads}
+        return {"requests": self.requests, "context": self.context, "shared": self.shared, "heads": heads}
 
 
 class Layer:
@@ -56,10 +66,11 @@ class Layer:
         Args:
             keys: those of another layer, for a layer that reads none.
         """
-        count = shape.requests * (shape.context + ROOM)
-        size = (count, shape.num_kv_heads, HEAD_DIM)
+        size = (shape.num_slots, shape.num_kv_heads, HEAD_DIM)
         if keys is None:
-            table = torch.randperm(count, device="cuda").to(torch.int32).view(shape.requests, -1)
+            order = torch.randperm(shape.num_slots, device="cuda").to(torch.int32)
+            shared, own = order[: shape.shared], order[shape.shared :].view(shape.requests, -1)
+            table = torch.cat((shared.expand(shape.requests, -1), own), 1)
             keys = PagedKeys(torch.randn(size, device="cuda", dtype=DTYPE), table)
         self.keys, self.table = keys, keys.req_to_token
         self.values = torch.randn(size, device="cuda", dtype=DTYPE) if values else None
@@ -97,6 +108,17 @@ class DecodeLayers:
         self.caches = [SelectionCache.create(shape.requests, size, WINDOW.budget, DTYPE, "cuda") for _ in self.layers]
         self.rows = SelectionRows.empty(shape.requests, "cuda")
         self.kv_indices = torch.empty(shape.requests * attended, dtype=torch.int32, device="cuda")
+        self.parts: tuple[DecodePart, ...] | None = None
+
+    def share(self) -> None:
+        """From now on, what the requests have in common is scored once for all."""
+        requests = self.shape.requests
+        segments = [SharedSegment(tuple(range(requests)), 0, self.shape.shared)]
+        candidates = [self.shape.context - WINDOW.num_sink - WINDOW.num_local] * requests
+        plan = SharedPlan.of(segments, candidates, num_sink=WINDOW.num_sink, min_rows=1)
+        memory = torch.zeros(SharedPrefixes.count_ints(requests), dtype=torch.int32)
+        plan.write(memory)
+        self.parts = (DecodePart(range(requests), SharedPrefixes.view(memory.cuda(), requests)),)
 
     def select(self, index: int) -> None:
         layer = self.layers[index]
@@ -110,6 +132,7 @@ class DecodeLayers:
             self.kv_indices,
             num_sink=WINDOW.num_sink,
             num_local=WINDOW.num_local,
+            parts=self.parts,
         )
 
     def emit(self, **cache: object) -> None:
@@ -131,7 +154,7 @@ class DecodeLayers:
         self.select(0)
         layer, n = self.layers[0], self.shape.context
         for row, slots in enumerate(self.kv_indices.view(self.shape.requests, -1)):
-            position_of = torch.full((layer.table.numel(),), -1, device="cuda", dtype=torch.int32)
+            position_of = torch.full((self.shape.num_slots,), -1, device="cuda", dtype=torch.int32)
             position_of[layer.table[row].long()] = torch.arange(n + ROOM, device="cuda", dtype=torch.int32)
             positions = position_of[slots.long()]
             if (positions.diff() <= 0).any() or positions[0] != 0 or positions[-1] != n - 1:

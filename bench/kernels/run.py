@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, this file sees its own folder only
 
-from bench.kernels import decode, mass, positions, prefill, topk
+from bench.kernels import decode, mass, positions, prefill, shared, topk
 from bench.kernels.timing import copy_bandwidth, machine
 from bench.result_file import write_csv
 
@@ -26,6 +26,7 @@ def main(path: str, sections: list[str]) -> None:
     jobs = [
         ("decode", shape, lambda shape: decode.measure(shape, copy_tbs, is_figure=False)) for shape in decode.AIM_SHAPES
     ]
+    jobs += [("shared", shape, shared.measure) for shape in shared.SHAPES]
     jobs += [("prefill", shape, prefill.measure) for shape in prefill.SHAPES]
     jobs += [("topk", shape, topk.measure) for shape in topk.SHAPES]
     jobs += [("positions", shape, positions.measure) for shape in positions.SHAPES]

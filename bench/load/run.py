@@ -48,7 +48,7 @@ from bench.load import client, trace
 from bench.load.setups import H200, QUICK, SERVERS, SLO, SMOKE, TOKENSELECT, Setup, server_flags, write_model
 from bench.result_file import commit, write_csv
 from bench.serve.client import ask, prompts
-from bench.serve.run import NOTE_LENGTH, WARM_UP_TOKENS, measure_each
+from bench.serve.run import NOTE_LENGTH, WARM_UP_TOKENS, flush, measure_each
 from sglang_tokenselect.server_process import ServerProcess, free_port
 
 COUNTED = ("votes", "reuses", "attended_tokens", "cached_tokens", "decode_queries")
@@ -106,11 +106,11 @@ class Cells:
             (self._setup.burst, self._setup.prompt_tokens),
         ):
             ask(self._server.url, prompts(count, context, self._setup.model["vocab_size"]), WARM_UP_TOKENS)
-            self._flush()
+            flush(self._server)
 
     def measure(self, rate: float) -> tuple[Row, list[Row]]:
         """The columns of one cell, and the rows of its trace."""
-        self._flush()
+        flush(self._server)
         before, begin = self._counters(), time.time()
         try:
             row = client.run(self._server.url, self._model, self._setup, rate, self._limit)
@@ -123,9 +123,6 @@ class Cells:
         effort = trace.mean_effort(published, before["decode_queries"], after["decode_queries"])
         counted = shares({name: after[name] - before[name] for name in COUNTED})
         return {**row, **counted, **effort}, [trace.row(snapshot, begin) for snapshot in published]
-
-    def _flush(self) -> None:
-        self._server.post_text("/flush_cache?timeout=60", {})
 
     def _counters(self) -> dict[str, int]:
         return {} if self._effort is None else self._server.counters()
@@ -164,8 +161,12 @@ def measure_server(name: str, model: Path, setup: Setup, options: argparse.Names
             print(server.log_tail(), flush=True)
 
 
+def where() -> dict[str, str]:
+    """What the numbers depend on, with a GPU or without."""
+    return machine() if torch.cuda.is_available() else {"torch": torch.__version__, "commit": commit()}
+
+
 def about(setup: Setup, options: argparse.Namespace) -> dict[str, str]:
-    where = machine() if torch.cuda.is_available() else {"torch": torch.__version__, "commit": commit()}
     described = {
         f"server {name}": " ".join((backend, *flags))
         for name in options.servers
@@ -175,7 +176,7 @@ def about(setup: Setup, options: argparse.Namespace) -> dict[str, str]:
     requests = f"Poisson arrivals, prompts of {setup.shortest_prompt} to {setup.prompt_tokens} tokens, "
     requests += f"answers of {int(client.RANGE_RATIO * setup.output_tokens)} to {setup.output_tokens}"
     setting = {"sglang": version("sglang"), "setting": setup.described, "requests": requests}
-    return {**where, **setting, "flags": " ".join(setup.flags), **described, **target}
+    return {**where(), **setting, "flags": " ".join(setup.flags), **described, **target}
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

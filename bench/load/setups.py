@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bench.serve import cells
 from bench.serve.cells import DENSE, FLAGS, MODEL
 
 TOKENSELECT = "tokenselect"
@@ -102,9 +103,8 @@ def server_flags(setup: Setup, name: str, load_requests: int, itl_target_ms: flo
 
 def write_model(setup: Setup, folder: Path) -> Path:
     """A folder that SGLang loads with --load-format dummy, with a tokenizer for server and client."""
-    (folder / "config.json").write_text(json.dumps(setup.model))
     write_tokenizer(folder, setup.model["vocab_size"])
-    return folder
+    return cells.write_model(folder, setup.model)
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -6,6 +6,10 @@
 The hooks' own functions, called as SGLang's loop calls them, over a scheduler that is a stand-in: its attributes are
 plain, its KV allocator is SGLang's. Median, 20th and 80th percentile of rounds of 200 steps. `own options` are requests
 that bring a budget each. Telemetry goes to nobody, but the snapshot of each second is taken and exported.
+
+`groups` is the search for shared prefixes, over SGLang's own tree: half of each request's nodes are everybody's. `same`
+is a step of the same requests as before. `join` is one of another batch, for which everything is read anew, as it is
+when a request joins (20 steps a round).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import os
 import sys
 import tempfile
 import time
+from array import array
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, thi
 
 import torch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from bench.result_file import commit, spread, write_csv
 from sglang_tokenselect import flags
@@ -31,11 +41,13 @@ from sglang_tokenselect.backend import TokenSelectAttnBackend
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.patches import effort as hooks
 from sglang_tokenselect.patches import forward_requests
+from sglang_tokenselect.prefix_groups import REMEMBERED, PrefixGroups
 from sglang_tokenselect.runner import Runner
 from sglang_tokenselect.scheduler_agent import SchedulerAgent
 
-ROUNDS, STEPS = 31, 200
+ROUNDS, STEPS, JOINS = 31, 200, 20
 BATCHES = (1, 32, 256)
+GROUP_BATCHES, CHAINS, NODE_TOKENS = (32, 256), (2, 40, 200), 64
 CONFIGS = {
     "fixed": {},
     "load": {"policy": "load"},
@@ -83,21 +95,52 @@ def measure_loop(config: TokenSelectConfig, reqs: list[Any]) -> list[float]:
 def measure_staging(config: TokenSelectConfig, reqs: list[Any]) -> tuple[list[float], list[float]]:
     """Microseconds of the hook that tells the backend of a forward's requests, and of one choice between two graphs."""
     backend = TokenSelectAttnBackend.__new__(TokenSelectAttnBackend)
-    backend.config, backend.runner = config, Runner(config)
+    backend.config, backend.runner, backend._prefix_groups = config, Runner(config), PrefixGroups(0)
     model_runner = SimpleNamespace(attn_backend=backend)
-    batch = SimpleNamespace(reqs=reqs, req_pool_indices_cpu=torch.arange(1, len(reqs) + 1))
+    batch = SimpleNamespace(reqs=reqs, req_pool_indices_cpu=torch.arange(1, len(reqs) + 1), tree_cache=None)
     seq_lens = [1000] * len(reqs)
     staging = rounds(lambda: forward_requests._stage(None, object, batch, model_runner))
-    return staging, rounds(lambda: backend.decode_selects(seq_lens))
+    return staging, rounds(lambda: backend.decode_step(seq_lens))
 
 
-def rounds(step: Any) -> list[float]:
+def measure_groups(num_requests: int, num_nodes: int) -> tuple[list[float], list[float]]:
+    """Microseconds of a search for the batch of the step before, and for one that is not known."""
+    tree, groups = radix_tree(), PrefixGroups(4)
+    reqs = [SimpleNamespace(last_node=grow_chain(tree, number, num_nodes)) for number in range(num_requests)]
+    batches = iter([reqs[n:] + reqs[:n] for n in range(REMEMBERED + 1)] * ROUNDS * JOINS)  # none is known any more
+    groups.find(reqs, tree)
+    same = rounds(lambda: groups.find(reqs, tree))
+    return same, rounds(lambda: groups.find(next(batches), tree), JOINS)
+
+
+def radix_tree() -> Any:
+    """What SGLang uses by default: RadixCache in 0.5.17, later UnifiedRadixCache."""
+    allocator = TokenToKVPoolAllocator(1, dtype=torch.bfloat16, device="cpu", kvcache=None, need_sort=False)
+    params = CacheInitParams(False, None, allocator, page_size=1)
+    if not hasattr(params, "tree_core_backend"):
+        return RadixCache(params)
+    params.tree_components = (ComponentType.FULL,)
+    return UnifiedRadixCache(params)
+
+
+def grow_chain(tree: Any, number: int, num_nodes: int) -> Any:
+    """The last node of a prompt that SGLang has split into nodes: earlier prompts parted from it at each."""
+    common = num_nodes // 2 * NODE_TOKENS
+    tokens = array("q", [1] * common + [2 + number] * (num_nodes * NODE_TOKENS - common))
+    tree.insert(InsertParams(key=RadixKey(tokens), value=torch.arange(len(tokens))))
+    first = NODE_TOKENS if number == 0 else common
+    for end in range(first, len(tokens) + 1, NODE_TOKENS):
+        match = tree.match_prefix(MatchPrefixParams(key=RadixKey(tokens[:end])))
+    return match.last_device_node
+
+
+def rounds(step: Any, num_steps: int = STEPS) -> list[float]:
     times = []
     for _ in range(ROUNDS):
         begin = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(num_steps):
             step()
-        times.append(1e6 * (time.perf_counter() - begin) / STEPS)
+        times.append(1e6 * (time.perf_counter() - begin) / num_steps)
     return times
 
 
@@ -119,6 +162,10 @@ def main() -> None:
         for name, reqs in (("no options", requests(batch)), ("own options", own)):
             for hook, times in zip(("staging", "graph"), measure_staging(TokenSelectConfig(), reqs), strict=True):
                 rows.append(row(hook, name, batch, times))
+    for batch in GROUP_BATCHES:
+        for nodes in CHAINS:
+            for case, times in zip(("same", "join"), measure_groups(batch, nodes), strict=True):
+                rows.append(row("groups", f"{case}, {nodes} nodes", batch, times))
     about = {"sglang": version("sglang"), "commit": commit(), "cpu": cpu_name()}
     write_csv(options.out, rows, about, "python " + " ".join(sys.argv))
 

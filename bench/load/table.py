@@ -23,24 +23,24 @@ EFFORT = {"mean level": ("mean_level", ".2f"), "mean budget": ("mean_budget", ".
 def table(rows: Sequence[Row]) -> str:
     """One line for each rate and server."""
     titles = ["requests/s", "server", *MEASURED, *EFFORT]
-    lines = [_line(titles), "|" + "---|" * len(titles)]
+    lines = [line(titles), "|" + "---|" * len(titles)]
     for row in rows:
         measured = [
-            " / ".join(_shown(row, column, digits, missing="failed") for column in columns)
+            " / ".join(shown(row, column, digits, missing="failed") for column in columns)
             for columns, digits in MEASURED.values()
         ]
-        effort = [_shown(row, *column, missing="") for column in EFFORT.values()]
-        lines.append(_line([f"{float(row['rate']):g}", row["server"], *measured, *effort]))
+        effort = [shown(row, *column, missing="") for column in EFFORT.values()]
+        lines.append(line([f"{float(row['rate']):g}", row["server"], *measured, *effort]))
     return "\n".join(lines)
 
 
-def _shown(row: Row, column: str, digits: str, missing: str) -> str:
+def shown(row: Row, column: str, digits: str, missing: str) -> str:
     value = number(row, column)
     return missing if value is None else f"{value:{digits}}"
 
 
-def _line(shown: Sequence[str]) -> str:
-    return f"| {' | '.join(shown)} |"
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

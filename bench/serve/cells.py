@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Llama-3-8B. Weights are random: speed does not depend on them, only on which tokens a selection finds similar.
@@ -90,7 +90,7 @@ def plan_of(
     return QUICK if quick else PLAN[server]
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, model: Mapping[str, object] = MODEL) -> Path:
     """A folder that SGLang loads with --load-format dummy."""
-    (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "config.json").write_text(json.dumps(model))
     return folder

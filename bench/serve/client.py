@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -20,6 +21,9 @@ CHUNK = b"data: {"
 LONGEST_LINE = 2**22  # bytes; a chunk repeats all output ids so far
 FIRST_ID = 3  # below are a Llama's special tokens
 CACHED_BY_CHANCE = 8  # tokens; random prompts of one cell can begin alike
+
+Streamed = tuple[float, list[tuple[float, bytes]]]
+"""When a request was sent, and (arrival, line) of each chunk."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,24 @@ def ask(url: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Ans
     Raises:
         RuntimeError: the server refused, answered with an error, or took tokens from its radix cache.
     """
-    bodies = [_body(ids, new_tokens) for ids in prompts]
+    bodies = [body(ids, new_tokens) for ids in prompts]
     streams = asyncio.run(_stream_all(url, bodies))
     return [parse(sent, chunks, len(ids), new_tokens) for (sent, chunks), ids in zip(streams, prompts, strict=True)]
 
 
 def parse(sent: float, chunks: Sequence[tuple[float, bytes]], prompt_tokens: int, new_tokens: int) -> Answer:
     """From (arrival, line) pairs as they were read."""
+    answer, last = parse_any(sent, chunks, prompt_tokens, new_tokens)
+    cached = last["meta_info"]["cached_tokens"]
+    if cached > CACHED_BY_CHANCE:
+        raise RuntimeError(f"{cached} tokens came from the radix cache")
+    return answer
+
+
+def parse_any(
+    sent: float, chunks: Sequence[tuple[float, bytes]], prompt_tokens: int, new_tokens: int
+) -> tuple[Answer, dict[str, Any]]:
+    """As `parse`, wherever the prompt's keys came from; and the last event, which has all output ids."""
     events = [json.loads(line.removeprefix(b"data: ")) for _, line in chunks]
     for event in events:
         if "error" in event:
@@ -71,26 +86,25 @@ def parse(sent: float, chunks: Sequence[tuple[float, bytes]], prompt_tokens: int
     found = {name: last[name] for name in ("prompt_tokens", "completion_tokens")}
     if found != {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens}:
         raise RuntimeError(f"expected {prompt_tokens} tokens in and {new_tokens} out, got {found}")
-    if last["cached_tokens"] > CACHED_BY_CHANCE:
-        raise RuntimeError(f"{last['cached_tokens']} tokens came from the radix cache")
     tokens = tuple(event["meta_info"]["completion_tokens"] for event in events)
-    return Answer(sent, tuple(arrival for arrival, _ in chunks), tokens)
+    return Answer(sent, tuple(arrival for arrival, _ in chunks), tokens), events[-1]
 
 
-def _body(ids: Sequence[int], new_tokens: int) -> bytes:
+def body(ids: Sequence[int], new_tokens: int) -> bytes:
+    """Of a request for a greedy answer of exactly so many tokens."""
     sampling = {"temperature": 0.0, "ignore_eos": True, "max_new_tokens": new_tokens}
     return json.dumps({"input_ids": ids, "sampling_params": sampling, "stream": True}).encode()
 
 
-async def _stream_all(url: str, bodies: Sequence[bytes]) -> list[tuple[float, list[tuple[float, bytes]]]]:
+async def _stream_all(url: str, bodies: Sequence[bytes]) -> list[Streamed]:
+    return await asyncio.gather(*(stream(url, body) for body in bodies))
+
+
+async def stream(url: str, body: bytes) -> Streamed:
+    """Sends one request and reads its answer to the end."""
     address = urlsplit(url)
-    return await asyncio.gather(*(_stream(address.hostname, address.port, body) for body in bodies))
-
-
-async def _stream(host: str, port: int, body: bytes) -> tuple[float, list[tuple[float, bytes]]]:
-    """When the request was sent, and (arrival, line) of each chunk."""
-    reader, writer = await asyncio.open_connection(host, port, limit=LONGEST_LINE)
-    head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=LONGEST_LINE)
+    head = f"POST /generate HTTP/1.1\r\nHost: {address.hostname}\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     try:
         sent = time.perf_counter()

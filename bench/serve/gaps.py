@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From arrivals to times between tokens: only while all requests of a cell decode."""
+"""From arrivals to times between tokens: only while all requests of a cell decode, or of all requests."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ MAX_MERGED = 0.05
 
 @dataclass(frozen=True)
 class Gaps:
-    """Times between consecutive tokens while all requests decode.
+    """Times between consecutive tokens.
 
     Attributes:
         seconds: of all requests. A chunk of n tokens counts as n equal gaps.
@@ -30,11 +31,11 @@ class Gaps:
     merged: int
 
 
-def common_gaps(answers: Sequence[Answer]) -> Gaps:
+def common_gaps(answers: Sequence[Answer], max_merged: float = MAX_MERGED) -> Gaps:
     """Gaps from the last request's first token to the first request's last token.
 
     Raises:
-        ValueError: fewer than MIN_STEPS steps are common to all, or more than MAX_MERGED of the chunks are merged.
+        ValueError: fewer than MIN_STEPS steps are common to all, or more than `max_merged` of the chunks are merged.
     """
     begin = max(answer.arrivals[0] for answer in answers)
     end = min(answer.arrivals[-1] for answer in answers)
@@ -42,18 +43,27 @@ def common_gaps(answers: Sequence[Answer]) -> Gaps:
     steps = min(sum(tokens for _, tokens in gaps) for gaps in per_answer)
     if steps < MIN_STEPS:
         raise ValueError(f"{steps} steps common to all requests, expected at least {MIN_STEPS}")
-    gaps = [gap for gaps in per_answer for gap in gaps]
-    found = Gaps(
-        seconds=tuple(seconds / tokens for seconds, tokens in gaps for _ in range(tokens)),
-        chunks=len(gaps),
-        merged=sum(tokens > 1 for _, tokens in gaps),
-    )
-    if found.merged > MAX_MERGED * found.chunks:
+    found = _joined(per_answer)
+    if found.merged > max_merged * found.chunks:
         mean = statistics.mean(found.seconds) * 1e3
         raise ValueError(
             f"{found.merged} of {found.chunks} chunks carry more than one token, {mean:.3f} ms a token in the mean"
         )
     return found
+
+
+def all_gaps(answers: Sequence[Answer]) -> Gaps:
+    """Gaps of whole answers, those in which others were prefilled included."""
+    return _joined([_gaps_within(answer, -math.inf, math.inf) for answer in answers])
+
+
+def _joined(per_answer: Sequence[Sequence[tuple[float, int]]]) -> Gaps:
+    gaps = [gap for gaps in per_answer for gap in gaps]
+    return Gaps(
+        seconds=tuple(seconds / tokens for seconds, tokens in gaps for _ in range(tokens)),
+        chunks=len(gaps),
+        merged=sum(tokens > 1 for _, tokens in gaps),
+    )
 
 
 def _gaps_within(answer: Answer, begin: float, end: float) -> list[tuple[float, int]]:

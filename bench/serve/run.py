@@ -57,6 +57,7 @@ WARM_UP_TOKENS = 16
 PAUSE = 0.05  # seconds; the scheduler ends a request some milliseconds after its last token
 MEMORY_SLACK = 2**30  # bytes
 NOTE_LENGTH = 300
+COLUMNS = ("median", "p20", "p80", "samples", "votes", "reuses", "note")
 
 
 class Failures(Protocol):
@@ -66,23 +67,27 @@ class Failures(Protocol):
 
 
 class Report:
-    """Rows of the file, which is written anew with each."""
+    """Rows of the file, which is written anew with each.
 
-    def __init__(self, path: Path, about: dict[str, str]) -> None:
+    Args:
+        columns: of each row beside those that name its cell; blank where a cell has no number.
+    """
+
+    def __init__(self, path: Path, about: dict[str, str], columns: Sequence[str] = COLUMNS) -> None:
         self._path, self._about = path, about
+        self._empty = dict.fromkeys(columns, "")
         self._begin = time.perf_counter()
         self._rows: list[dict[str, object]] = []
         self.failed = 0
 
     def add(self, cell: dict[str, object], measure: Callable[[], dict[str, object]]) -> None:
         """The row of one cell; an error becomes its note, and the next cell has its turn."""
-        empty = dict.fromkeys(("median", "p20", "p80", "samples", "votes", "reuses", "note"), "")
         try:
-            row = {**cell, **empty, **measure()}
+            row = {**cell, **self._empty, **measure()}
         except Exception as error:
             traceback.print_exc(limit=-4)
             self.failed += 1
-            row = {**cell, **empty, "note": "error: " + " ".join(str(error).split())[:NOTE_LENGTH]}
+            row = {**cell, **self._empty, "note": "error: " + " ".join(str(error).split())[:NOTE_LENGTH]}
         self._rows.append(row)
         write_csv(self._path, self._rows, self._about, "python " + " ".join(sys.argv))
         self.say(" ".join(str(value) for value in row.values() if value != ""))
@@ -104,7 +109,7 @@ class Client:
             self._ask(1, context, WARM_UP_TOKENS)
 
     def itl(self, batch: int, context: int) -> dict[str, object]:
-        self._flush()
+        flush(self._server)
         before = self._counters()
         answers = self._ask(batch, context, NEW_TOKENS)
         after = self._counters()
@@ -120,7 +125,7 @@ class Client:
 
     def ttft(self, context: int) -> dict[str, object]:
         # Once: it empties the allocator too, which the next request pays for. Each repeat has ids of its own.
-        self._flush()
+        flush(self._server)
         ttfts = self._ttfts[context]
         for repeat in range(len(ttfts), ttft_repeats(context)):
             time.sleep(PAUSE)
@@ -129,10 +134,6 @@ class Client:
 
     def _ask(self, batch: int, context: int, new_tokens: int, repeat: int = 0) -> list[Answer]:
         return ask(self._server.url, prompts(batch, context, MODEL["vocab_size"], repeat), new_tokens)
-
-    def _flush(self) -> None:
-        # It waits for the requests of a cell that failed.
-        self._server.post_text("/flush_cache?timeout=60", {})
 
     def _counters(self) -> dict[str, int]:
         if not self._counts:
@@ -143,6 +144,11 @@ class Client:
 
 def _numbers(median: float, p20: float, p80: float) -> dict[str, object]:
     return {"median": f"{median:.4f}", "p20": f"{p20:.4f}", "p80": f"{p80:.4f}"}
+
+
+def flush(server: ServerProcess) -> None:
+    """Empties the radix cache, once the requests of a cell that failed have ended."""
+    server.post_text("/flush_cache?timeout=60", {})
 
 
 def measure_server(name: str, model: Path, options: argparse.Namespace, report: Report) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -28,10 +28,11 @@ from sglang_tokenselect.gpu_runner import GpuRunner
 from sglang_tokenselect.kernels.reference import prefill
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.model_shape import ModelShape
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
 from sglang_tokenselect.request_options import RequestOptions
-from sglang_tokenselect.runner import Graph, LayerInput
+from sglang_tokenselect.runner import Graph, LayerInput, Step
 from sglang_tokenselect.torch_runner import TorchRunner
 
 SMALL = {"sink": 4, "budget": 24, "local": 16, "block": 32, "sub_block": 8, "min_len": 60, "theta": 0.8}
@@ -147,17 +148,17 @@ class Graphs:
         self.captured = {}
         pair.actual.reserve_graph_rows(MAX_ROWS, pair.max_len)
         for batch_size in (MAX_ROWS, 2):
-            for selects in (True, False):
-                self.captured[batch_size, selects] = self._capture(batch_size, selects)
+            for step in Step:
+                self.captured[batch_size, step] = self._capture(batch_size, step)
 
     def _batch(self, batch_size: int) -> SimpleNamespace:
         return SimpleNamespace(
             batch_size=batch_size, req_pool_indices=self.rows[:batch_size], seq_lens=self.seq_lens[:batch_size]
         )
 
-    def _capture(self, batch_size: int, selects: bool):
+    def _capture(self, batch_size: int, step: Step):
         plan = ForwardPlan(True, tuple(RequestPlan(0, 1, i, 1) for i in range(batch_size)))
-        self.pair.actual.begin(plan, self._batch(batch_size), Graph.CAPTURE, selects=selects)
+        self.pair.actual.begin(plan, self._batch(batch_size), Graph.CAPTURE, step=step)
         queries = self.queries[:, :batch_size]
         for _ in range(2):
             self.pair.run_layers(queries)
@@ -175,13 +176,13 @@ class Graphs:
         self.rows[:count] = torch.tensor([r.req_pool_idx for r in plan.requests])
         self.seq_lens[:count] = torch.tensor([r.seq_len for r in plan.requests])
         self.queries[:, :count] = queries
-        lengths = [r.seq_len for r in plan.requests], [r.window for r in plan.requests]
-        assert self.pair.actual.fits_graph(*lengths)
-        selects = self.pair.actual.decode_selects(*lengths)
-        padded = ForwardPlan(True, (*plan.requests, *padding))
+        told = [r.seq_len for r in plan.requests], [r.window for r in plan.requests], plan.shared
+        assert self.pair.actual.fits_graph(*told)
+        step = self.pair.actual.decode_step(*told)
+        padded = ForwardPlan(True, (*plan.requests, *padding), plan.shared)
         self.pair.actual.begin(padded, self._batch(batch_size), Graph.REPLAY)
-        assert self.pair.actual.selects == selects
-        graph, out = self.captured[batch_size, selects]
+        assert self.pair.actual.selects == (step is not Step.EVERYTHING)
+        graph, out = self.captured[batch_size, step]
         graph.replay()
         assert not out.isnan().any()
         return out[:, :count]
@@ -197,6 +198,7 @@ class Traffic:
         self.dense_errors: list[float] = []
         self.lengths: dict[int, int] = {}
         self.windows: dict[int, Window] = {}
+        self.shared: list[SharedSegment] = []  # by rows of req_to_token
         self.last_query: dict[int, torch.Tensor] = {}
 
     def randn(self, *shape: int) -> torch.Tensor:
@@ -213,7 +215,7 @@ class Traffic:
             requests.append(RequestPlan(row, start + count, first, count, self.windows.get(row)))
             queries.append(self._block_queries(start, count))
             first += count
-        plan, queries = ForwardPlan(False, tuple(requests)), torch.cat(queries, dim=1)
+        plan, queries = self._plan(requests, is_decode=False), torch.cat(queries, dim=1)
         self.pair.actual.begin(plan, SimpleNamespace(batch_size=len(parts)))
         self._compare(plan, queries, self.pair.run_layers(queries))
 
@@ -226,7 +228,7 @@ class Traffic:
             self.lengths[row] = start + 1
             requests.append(RequestPlan(row, start + 1, len(requests), 1, self.windows.get(row)))
             queries.append(self._next_query(row, similar))
-        plan, queries = ForwardPlan(True, tuple(requests)), torch.cat(queries, dim=1)
+        plan, queries = self._plan(requests, is_decode=True), torch.cat(queries, dim=1)
         if self.graphs is not None:
             actual = self.graphs.run(plan, queries)
         else:
@@ -238,6 +240,20 @@ class Traffic:
             self.pair.actual.begin(plan, batch)
             actual = self.pair.run_layers(queries)
         self._compare(plan, queries, actual)
+
+    def fork(self, row: int, *others: int, after: int) -> None:
+        """Requests that go on from another one, sharing all but the first `after` tokens with them alone."""
+        length = self.lengths[row]
+        for other in others:
+            self.pair.req_to_token[other, :length] = self.pair.req_to_token[row, :length]
+            self.lengths[other] = length
+        self.shared.append(SharedSegment((row, *others), after, length))
+
+    def _plan(self, requests: list[RequestPlan], *, is_decode: bool) -> ForwardPlan:
+        index = {request.req_pool_idx: i for i, request in enumerate(requests)}
+        present = [(segment, [index[row] for row in segment.rows if row in index]) for segment in self.shared]
+        shared = [replace(segment, rows=tuple(sorted(rows))) for segment, rows in present if len(rows) > 1]
+        return ForwardPlan(is_decode, tuple(requests), tuple(shared))
 
     def move(self, row: int, to: int) -> None:
         """The radix cache gives a running request other slots: those of a row that is not used."""
@@ -326,6 +342,32 @@ def run_traffic(pair: Pair, *, graphs: bool = False, seed: int = 0) -> None:
     assert actual.reuses > 0 and actual.votes > 0 and actual.block_votes > 0
 
 
+def run_branches(pair: Pair, *, graphs: bool = False) -> None:
+    """Requests that fork, and branches that do; a step of one branch, of some, and of all with a stranger."""
+    traffic = Traffic(pair, graphs=Graphs(pair) if graphs else None)
+    traffic.extend((1, 200))
+    traffic.fork(1, 2, 3, after=0)
+    traffic.extend((1, 7), (2, 40), (3, 70))
+    for rows, similar in (((1, 2, 3), False), ((3, 1), True), ((2,), True), ((1, 2, 3), True)):
+        traffic.decode(*rows, similar=similar)
+    traffic.fork(3, 4, after=200 * pair.scale)
+    traffic.shared[0] = replace(traffic.shared[0], rows=(1, 2, 3, 4), end=200 * pair.scale)
+    traffic.extend((4, 9), (3, 1))
+    traffic.extend((5, 100))
+    for rows, similar in (
+        ((4, 3, 2, 1), True),
+        ((4, 3), False),
+        ((5, 4, 3, 1), True),
+        ((5, 1), True),
+        ((1, 2, 4), True),
+    ):
+        traffic.decode(*rows, similar=similar)
+    traffic.check()
+    expected, actual = pair.expected.report(), pair.actual.report()
+    assert actual == expected
+    assert actual.shared_queries > 15 and actual.reuses > 0 and actual.votes > 0
+
+
 def run_levels(pair: Pair, *, graphs: bool = False) -> None:
     """Requests with and without options of their own, while the effort level goes down and up."""
     config = pair.config
@@ -376,6 +418,24 @@ def test_the_runners_agree(options):
 
 
 @pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_branches(positions):
+    run_branches(Pair(positions=positions, min_group=2))
+
+
+def test_groups_that_are_too_small_are_left_alone():
+    pair = Pair(min_group=3)
+    segments = (SharedSegment((0, 1, 2), 0, 200), SharedSegment((0, 1), 200, 300))
+    assert pair.actual.decode_step([310, 310, 310], [], segments) is Step.SHARES
+    assert pair.actual.decode_step([310, 310, 30], [], segments) is Step.SELECTS
+    assert pair.actual.decode_step([310, 310, 310], [], segments[1:]) is Step.SELECTS
+    assert pair.actual.decode_step([30, 30, 30], [], segments) is Step.EVERYTHING
+
+
+def test_more_kv_heads_than_the_scratch_has_places_for():
+    assert Pair(heads=(9, 9)).actual.min_group == 0 < Pair(heads=(8, 8)).actual.min_group
+
+
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
 def test_levels_and_own_budgets(positions):
     run_levels(Pair(positions=positions, max_budget=2 * SMALL["budget"], mass_every=1))
 
@@ -415,8 +475,8 @@ def test_rows_that_pad_a_graph_have_room():
 
 def small_scratch(monkeypatch) -> None:
     """For less than a batch of blocks, and for less than a decode step."""
-    monkeypatch.setattr(gpu_buffers, "DECODE_CANDIDATES", MAX_LEN)
-    monkeypatch.setattr(gpu_buffers, "PREFILL_CANDIDATES", 2 * MAX_LEN)
+    monkeypatch.setattr(gpu_buffers, "OWN_CANDIDATES", MAX_LEN)
+    monkeypatch.setattr(gpu_buffers, "CANDIDATES", 2 * MAX_LEN)
     monkeypatch.setattr(gpu_buffers, "PREFILL_BLOCKS", 3)
 
 
@@ -439,6 +499,22 @@ def test_decode_in_several_parts(monkeypatch):
     traffic.decode(1, 2, 3, 4, similar=False)
     traffic.check()
     assert pair.actual.report().votes == 2 * 4 * len(LAYERS)
+
+
+def test_groups_in_several_parts(monkeypatch):
+    """Branches of which the scratch holds two at once."""
+    small_scratch(monkeypatch)
+    monkeypatch.setattr(gpu_buffers, "CANDIDATES", MAX_LEN)
+    pair = Pair(min_group=2, theta=1.1)
+    pair.actual.reserve_graph_rows(MAX_ROWS, pair.max_len)
+    traffic = Traffic(pair)
+    traffic.extend((1, 280))
+    traffic.fork(1, 2, 3, 4, after=0)
+    traffic.extend((1, 1), (2, 2), (3, 3), (4, 4))
+    assert not pair.actual.fits_graph([281] * 4, [], (SharedSegment((0, 1, 2, 3), 0, 280),))
+    for _ in range(2):
+        traffic.decode(1, 2, 3, 4, similar=False)
+    traffic.check()
 
 
 def test_more_requests_than_cache_entries():
@@ -549,6 +625,14 @@ def test_the_runners_agree_on_a_gpu(model, positions, graphs):
 @pytest.mark.parametrize("positions", ["absolute", "compact"])
 def test_levels_on_a_gpu(positions, graphs):
     run_levels(Pair(positions=positions, max_budget=2 * SMALL["budget"], mass_every=1), graphs=graphs)
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_branches_on_a_gpu(positions, graphs):
+    run_branches(Pair(positions=positions, min_group=2), graphs=graphs)
+    run_branches(Pair(positions=positions, min_group=2, scale=LARGER), graphs=graphs)
 
 
 @NEEDS_CUDA

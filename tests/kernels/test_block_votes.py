@@ -3,24 +3,34 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 import pytest
 import torch
 from accelerator import BIG, DEVICE, DTYPES, NEEDS_CUDA
+from shared_trees import random_segments, share_slots
 
 from sglang_tokenselect.kernels.block_means import mean_queries
 from sglang_tokenselect.kernels.block_plan import (
     DEFAULT_TUNING,
+    KEY_QUANTUM,
+    MAX_LEVELS,
+    SPLITS,
     BlockPlan,
     BlockScratch,
     PassTuning,
     Tuning,
     count_rows_per_block,
+    cut_runs,
     plan_blocks,
 )
+from sglang_tokenselect.kernels.block_sharing import order_blocks
 from sglang_tokenselect.kernels.block_votes import score_blocks
 from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference import prefill
 from sglang_tokenselect.kernels.reference.vote import soft_vote
+from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.kernels.transfer import to_device
 from sglang_tokenselect.kernels.workspace import TILE
 
@@ -38,6 +48,7 @@ class Case:
 
     Args:
         blocks: (request, candidates, rows that vote) of each block, blocks of a request together.
+        shared: positions that requests have in common; the blocks are then in the order in which they share.
     """
 
     def __init__(
@@ -51,13 +62,19 @@ class Case:
         key_dtype: torch.dtype | None = None,
         query_scale: float = 0.3,
         k_scale: float = 1.0,
+        shared: Sequence[SharedSegment] = (),
         seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.blocks, self.rows_per_block = blocks, rows_per_block
+        requests, counts, _ = zip(*blocks, strict=True)
+        order, self.num_common = order_blocks(requests, counts, shared, num_sink=NUM_SINK)
+        self.blocks, self.rows_per_block = [blocks[b] for b in order], rows_per_block
         self.num_qo_heads, num_kv_heads = heads
         num_requests = 1 + max(request for request, _, _ in blocks)
         lengths = [max([0, *(n for r, n, _ in blocks if r == request)]) for request in range(num_requests)]
+        for segment in shared:
+            for request in segment.rows:
+                lengths[request] = max(lengths[request], segment.end - NUM_SINK)
         num_slots = 2 * sum(lengths) + NUM_SINK * num_requests + 3
         order = torch.randperm(num_slots, generator=generator).to(torch.int32)
         # Positions without a key of their own point at a slot of NaN.
@@ -66,16 +83,21 @@ class Case:
         for request, length in enumerate(lengths):
             slots, order = order[:length], order[length:]
             req_to_token[request, NUM_SINK : NUM_SINK + length] = slots
+        share_slots(req_to_token, shared)
+        for request, length in enumerate(lengths):
+            slots = req_to_token[request, NUM_SINK : NUM_SINK + length]
             keys[slots.long()] = torch.randn(length, num_kv_heads, head_dim, generator=generator).to(dtype)
         keys = keys.to(key_dtype or dtype)
         means = torch.randn(len(blocks) * rows_per_block, self.num_qo_heads, head_dim, generator=generator)
         means = (means * query_scale).to(dtype)
-        for block, (_, _, num_rows) in enumerate(blocks):
+        for block, (_, _, num_rows) in enumerate(self.blocks):
             means[block * rows_per_block + num_rows : (block + 1) * rows_per_block] = torch.nan
         self.means = means.to(DEVICE)
         self.keys = PagedKeys(keys.to(DEVICE), req_to_token.to(DEVICE), k_scale)
 
-    def plan(self, *, num_multiprocessors: int = 4, tuning: Tuning = DEFAULT_TUNING) -> BlockPlan:
+    def plan(
+        self, *, num_multiprocessors: int = 4, tuning: Tuning = DEFAULT_TUNING, is_shared: bool = True
+    ) -> BlockPlan:
         requests, counts, rows = (list(column) for column in zip(*self.blocks, strict=True))
         plan = plan_blocks(
             requests,
@@ -84,6 +106,7 @@ class Case:
             rows_per_block=self.rows_per_block,
             num_qo_heads=self.num_qo_heads,
             num_multiprocessors=num_multiprocessors,
+            num_common=self.num_common if is_shared else (),
             tuning=tuning,
         )
         return to_device(plan, DEVICE)
@@ -115,13 +138,15 @@ class Case:
 
     def check(self, *, vote_scale: float = 1.0, combine: str = "max", **options) -> BlockPlan:
         plan = self.plan(**options)
-        scores = self.run(plan, vote_scale=vote_scale, combine=combine)
+        self.check_scores(plan, self.run(plan, vote_scale=vote_scale, combine=combine), vote_scale, combine)
+        return plan
+
+    def check_scores(self, plan: BlockPlan, scores: torch.Tensor, vote_scale: float, combine: str) -> None:
         written = torch.zeros_like(scores, dtype=torch.bool)
         for block, (start, (_, count, _)) in enumerate(zip(plan.tile_indptr.tolist(), self.blocks, strict=False)):
             assert_scores(scores[start * TILE :][:count], self.reference(block, vote_scale=vote_scale, combine=combine))
             written[start * TILE : start * TILE + count] = True
         assert scores[~written].isnan().all(), "written outside of the candidates"
-        return plan
 
 
 def assert_scores(got: torch.Tensor, expected: torch.Tensor, *, rtol: float = 1e-3, atol: float = 1e-12) -> None:
@@ -161,7 +186,7 @@ def test_blocks_of_several_requests(rows_per_block, combine, tuning):
     ]
     case = Case(blocks, rows_per_block=rows_per_block, heads=(2, 1), seed=rows_per_block)
     plan = case.check(combine=combine, tuning=tuning)
-    assert plan.logsumexp.requests.shape[0] == 5
+    assert plan.logsumexp.runs.shape[0] == 5
     if tuning is SMALL and rows_per_block == 8:
         assert plan.logsumexp.row_tiles[:, 1].tolist() == [4, 4, 1, 1, 2, 1]
 
@@ -306,10 +331,221 @@ def test_plan_of_a_long_chunk():
     plan = plan_blocks(
         [3] * 64, [s - 640 for s in starts], [8] * 64, rows_per_block=8, num_qo_heads=32, num_multiprocessors=132
     )
-    assert plan.logsumexp.row_tiles.tolist()[0] == [0, 16, 131_072 - 640, 131_072 - 640 + 15 * 128]
+    assert plan.logsumexp.row_tiles.tolist()[0] == [0, 16, 0, 131_072 - 640, 131_072 - 640 + 15 * 128, 0]
     assert plan.logsumexp.num_units == 4 * 2
     assert plan.votes.num_units == len(plan.votes.row_tiles) * plan.tile_indptr.diff().max().item()
     assert plan.num_tiles == sum(-(-(s - 640) // TILE) for s in starts)
+
+
+def test_plan_of_many_branches():
+    """32 requests go on by two blocks after the 65,536 tokens that they share: full row tiles read these once each."""
+    requests = [request for request in range(32) for _ in range(2)]
+    counts = [65_536 - 640, 65_536 - 512] * 32
+    sizes = {"rows_per_block": 8, "num_qo_heads": 32, "num_multiprocessors": 132}
+    _, num_common = order_blocks(requests, counts, [SharedSegment(tuple(range(32)), 0, 65_536)], num_sink=128)
+    plan = plan_blocks(requests, counts, [8] * 64, num_common=num_common, **sizes)
+    alone = plan_blocks(requests, counts, [8] * 64, **sizes)
+    assert (plan.logsumexp.tuning, plan.votes.tuning) == (DEFAULT_TUNING.logsumexp, DEFAULT_TUNING.votes)
+    assert plan.logsumexp.row_tiles.tolist() == [[first, 16, 0, *counts[:2], 0] for first in range(0, 64, 16)]
+    assert (plan.logsumexp.num_units, plan.num_splits.tolist()) == (4 * 2, [2] * 64)
+    assert (plan.votes.num_units, alone.votes.num_units) == (8 * 508, 32 * 508)
+
+
+def test_long_branches_keep_small_row_tiles():
+    """A short prefix in common does not make tiles of many rows, which would be empty in the branches."""
+    shared = [SharedSegment(tuple(range(32)), 0, 1024)]
+    requests, counts = [*range(32)], [65_536] * 32
+    sizes = {"rows_per_block": 8, "num_qo_heads": 32, "num_multiprocessors": 132}
+    _, num_common = order_blocks(requests, counts, shared, num_sink=0)
+    plan, alone = (plan_blocks(requests, counts, [8] * 32, num_common=n, **sizes) for n in (num_common, ()))
+    assert plan.votes.tuning.block_m == alone.votes.tuning.block_m == 16
+    assert plan.votes.num_units == 16 * 8 + 32 * 504 and alone.votes.num_units == 32 * 512
+
+
+def test_row_tiles_suit_the_work_as_a_whole():
+    """Long runs of shared keys want many rows, own keys few. Where nothing is shared, the longest request decides."""
+    sizes = {"rows_per_block": 8, "num_qo_heads": 32, "num_multiprocessors": 132}
+    branches = plan_blocks([*range(32)], [36_864] * 32, [8] * 32, num_common=[32_768] * 31, **sizes)
+    assert branches.logsumexp.tuning.block_m == 64
+    alone = plan_blocks([0] * 64 + [*range(1, 32)], [65_536] * 95, [8] * 95, **sizes)
+    assert alone.logsumexp.tuning == DEFAULT_TUNING.logsumexp
+
+
+def test_shared_runs_leave_room_for_their_splits():
+    """So many tokens would fill the scratch with 64 splits; where requests part within one, that makes 65."""
+    longest = SPLITS[-1] * 6 * KEY_QUANTUM
+    sizes = {"rows_per_block": 8, "num_qo_heads": 1, "num_multiprocessors": 132}
+    alone = plan_blocks([0, 1], [longest] * 2, [8] * 2, **sizes)
+    assert alone.num_splits.tolist() == [SPLITS[-1]] * 2
+    plan = plan_blocks([0, 1], [longest] * 2, [8] * 2, num_common=[7 * KEY_QUANTUM], **sizes)
+    assert SPLITS[-1] // 2 < plan.num_splits.max() <= SPLITS[-1]
+
+
+def test_order_of_blocks():
+    """Two groups that take turns; and blocks that have candidates in the first of two segments, or in both."""
+    shared = [SharedSegment((0, 2), 0, 600), SharedSegment((1, 3), 0, 300)]
+    assert order_blocks([0, 1, 2, 3, 4], [700] * 5, shared, num_sink=5) == ([4, 0, 2, 1, 3], [0, 512, 0, 256])
+    shared = [SharedSegment((0, 1), 0, 700), SharedSegment((0, 1), 700, 1000)]
+    blocks = ([0, 0, 1, 1, 2], [200, 900, 300, 900, 50])
+    assert order_blocks(*blocks, shared, num_sink=5) == ([4, 0, 2, 1, 3], [0, 512, 512, 768])
+    assert order_blocks(*blocks, [SharedSegment((0, 1), 0, 260)], num_sink=5)[1] == []
+    assert order_blocks(*blocks, [SharedSegment((0, 3), 0, 700)], num_sink=5)[1] == [], "the other has no blocks"
+
+
+def random_blocks(seed: int, num_requests: int, longest: int) -> tuple[list[tuple[int, int, int]], list[SharedSegment]]:
+    """Blocks with two rows, and what their requests share: with some of their blocks, or beyond all of them."""
+    choose = random.Random(seed)
+    most = [choose.randint(1, longest) for _ in range(num_requests)]
+    blocks = []
+    for request, count in enumerate(most):
+        step = choose.choice([1, 32, 300])
+        candidates = [max(count - step * i, 0) * choose.choice([1] * 9 + [0]) for i in range(choose.randint(0, 4))]
+        blocks += [(request, count, choose.randint(1, 2)) for count in reversed(candidates)]
+    return [*blocks, (num_requests, 7, 1)], random_segments(choose, [NUM_SINK + count for count in most])
+
+
+@pytest.mark.parametrize("levels", [MAX_LEVELS, 2, 0])
+def test_runs_hold_each_candidate_once(monkeypatch, levels):
+    """Of random trees, and with the splits of a block one after the other in its scratch."""
+    monkeypatch.setattr("sglang_tokenselect.kernels.block_plan.MAX_LEVELS", levels)
+    deepest = 0
+    for seed in range(300):
+        blocks, shared = random_blocks(seed, 2 + seed % 40, 20_000)
+        requests, counts, rows = zip(*blocks, strict=True)
+        order, num_common = order_blocks(requests, counts, shared, num_sink=NUM_SINK)
+        assert sorted(order) == [*range(len(blocks))]
+        requests, counts, rows = ([column[b] for b in order] for column in (requests, counts, rows))
+        runs = cut_runs(requests, counts, num_common)
+        held = [0] * len(blocks)
+        for run in runs:
+            assert run.begin % KEY_QUANTUM == 0 and run.level <= levels
+            for b in run.blocks:
+                assert held[b] == run.begin < run.end and run.begin < counts[b]
+                assert run.end <= max(common_positions(requests[b], requests[run.blocks[0]], shared) - NUM_SINK, 0)
+                held[b] = min(run.end, counts[b])
+        assert held == counts
+        deepest = max(deepest, *(run.level for run in runs))
+        check_splits(requests, counts, rows, num_common)
+    assert deepest == min(levels, deepest) and deepest > min(levels, 4) - 1
+
+
+def common_positions(request: int, other: int, shared: list[SharedSegment]) -> int:
+    if request == other:
+        return 2**30
+    return max((segment.end for segment in shared if {request, other} <= {*segment.rows}), default=0)
+
+
+def check_splits(requests, counts, rows, num_common) -> None:
+    """No two row tiles write a block's partial sums to one place, and all up to its last are written."""
+    sizes = {"rows_per_block": 2, "num_qo_heads": 2, "num_multiprocessors": 132}
+    plan = plan_blocks(requests, counts, rows, num_common=num_common, **sizes)
+    assert plan.num_splits.max() <= SPLITS[-1]
+    written = [[] for _ in counts]
+    for first, num_blocks, begin, fewest, most, first_split in plan.logsumexp.row_tiles.tolist():
+        assert begin * TILE < fewest <= most
+        splits = -(-(most - begin * TILE) // plan.split_tokens)
+        for b in range(first, first + num_blocks):
+            written[b] += range(first_split, first_split + splits)
+    for splits, count in zip(written, plan.num_splits.tolist(), strict=True):
+        assert len({*splits}) == len(splits) and {*range(count)} <= {*splits}
+
+
+def test_branches_at_many_depths():
+    """More levels than a block may be in: the last requests read what they still share on their own."""
+    num_requests = 2 * SPLITS[-1]
+    blocks = [(request, KEY_QUANTUM * (request + 2), 2) for request in range(num_requests)]
+    shared = [
+        SharedSegment(tuple(range(first, num_requests)), KEY_QUANTUM * first, KEY_QUANTUM * (first + 1))
+        for first in range(num_requests - 1)
+    ]
+    requests, counts, rows = (list(column) for column in zip(*blocks, strict=True))
+    order, num_common = order_blocks(requests, counts, shared, num_sink=0)
+    requests, counts = [requests[b] for b in order], [counts[b] for b in order]
+    assert max(run.level for run in cut_runs(requests, counts, num_common)) == MAX_LEVELS
+    check_splits(requests, counts, rows, num_common)
+
+
+@pytest.mark.parametrize("num_common", [[256], [256, 256, 256], [256, 128]], ids=str)
+def test_common_candidates_are_checked(num_common):
+    with pytest.raises(ValueError, match="num_common: expected 2 multiples of 256, got"):
+        cut_runs([0, 1, 2], [500] * 3, num_common)
+
+
+# Two groups; in the first, some go on together, and one of them has all of its blocks in what the three share.
+TREE = [
+    SharedSegment((0, 1, 2, 4), 0, 300),
+    SharedSegment((0, 2, 4), 300, 600),
+    SharedSegment((2, 4), 600, 800),
+    SharedSegment((3, 5), 0, 280),
+]
+BRANCHES = [
+    *((0, 500 + 100 * i, 2) for i in range(3)),
+    *((1, 100 + 150 * i, 1) for i in range(2)),
+    *((2, 790 + 9 * i, 2) for i in range(2)),
+    (3, 0, 2),
+    (3, 270, 1),
+    *((4, 150 + 300 * i, 1) for i in range(4)),
+    (5, 400, 2),
+    (6, 140, 1),
+]
+PAIRS = Tuning(logsumexp=PassTuning(32, 128, 4, 2), votes=PassTuning(16, 128, 4, 2))
+
+
+def check_shared(case: Case, *, combine: str = "max", **options) -> tuple[BlockPlan, BlockPlan]:
+    """Scores against float64, and against those of a plan that shares nothing. Returns both plans."""
+    plan, alone = case.plan(**options), case.plan(is_shared=False, **options)
+    scores = case.run(plan, combine=combine)
+    case.check_scores(plan, scores, 1.0, combine)
+    torch.testing.assert_close(scores, case.run(alone, combine=combine), rtol=1e-4, atol=1e-30, equal_nan=True)
+    return plan, alone
+
+
+@pytest.mark.parametrize("num_multiprocessors", [1, 200])
+@pytest.mark.parametrize("combine", ["max", "sum"])
+@pytest.mark.parametrize("tuning", [DEFAULT_TUNING, PAIRS], ids=["default", "small tiles"])
+def test_requests_that_share_keys(tuning, combine, num_multiprocessors):
+    """Nested, with blocks that end inside of what others share; in few splits and in many."""
+    case = Case(BRANCHES, heads=(4, 2), shared=TREE)
+    plan, alone = check_shared(case, combine=combine, tuning=tuning, num_multiprocessors=num_multiprocessors)
+    assert plan.votes.num_units < alone.votes.num_units
+    levels = [run.level for run in cut_runs(plan.req_pool_indices.tolist(), plan.num_candidates.tolist(), [])]
+    assert levels == [0] * len(levels)
+    assert len(plan.votes.runs) > len(levels) + 1
+
+
+@pytest.mark.parametrize(("rows_per_block", "heads"), [(1, (7, 1)), (8, (2, 2)), (64, (2, 1))], ids=str)
+def test_row_tiles_of_several_requests(rows_per_block, heads):
+    """One row for each block, and two blocks that fill a tile."""
+    blocks = [(request, count, min(rows, rows_per_block)) for request, count, rows in BRANCHES]
+    check_shared(Case(blocks, rows_per_block=rows_per_block, heads=heads, shared=TREE))
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_random_trees(seed):
+    blocks, shared = random_blocks(seed, 3 + seed % 4, 1000)
+    check_shared(Case(blocks, heads=(2, 1), shared=shared, seed=seed), num_multiprocessors=[1, 20, 200][seed % 3])
+
+
+@pytest.mark.parametrize("levels", [0, 1])
+def test_fewer_levels_than_the_tree_has(monkeypatch, levels):
+    monkeypatch.setattr("sglang_tokenselect.kernels.block_plan.MAX_LEVELS", levels)
+    check_shared(Case(BRANCHES, heads=(2, 1), shared=TREE))
+
+
+def test_shared_keys_are_read_through_one_row():
+    """The other rows point at NaN."""
+    shared = [SharedSegment((0, 1, 2), 0, NUM_SINK + 512)]
+    case = Case([(r, 500 + 100 * r, 2) for r in range(3)], heads=(2, 1), shared=shared)
+    plan, expected = case.plan(), case.run(case.plan())
+    table = case.keys.req_to_token
+    table[1:, NUM_SINK : NUM_SINK + 512] = table[0, -1]
+    assert case.keys.pool[table[0, -1].long()].isnan().all()
+    torch.testing.assert_close(case.run(plan), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_large_logits_of_shared_keys():
+    """The largest logit of a row may lie in what it shares or behind it: neither part's sum may be NaN or infinite."""
+    check_shared(Case(BRANCHES, heads=(2, 1), query_scale=30.0, shared=TREE), num_multiprocessors=200)
 
 
 @pytest.mark.parametrize("num_blocks", range(1, 6))
@@ -325,8 +561,8 @@ def test_plan_on_the_device(num_blocks):
 
 
 def plan_tensors(plan: BlockPlan) -> list[torch.Tensor]:
-    tensors = [plan.req_pool_indices, plan.num_candidates, plan.num_rows, plan.tile_indptr]
-    return [*tensors, *(t for tiling in (plan.logsumexp, plan.votes) for t in (tiling.row_tiles, tiling.requests))]
+    tensors = [plan.req_pool_indices, plan.num_candidates, plan.num_rows, plan.tile_indptr, plan.num_splits]
+    return [*tensors, *(t for tiling in (plan.logsumexp, plan.votes) for t in (tiling.row_tiles, tiling.runs))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_CUDA)], ids=str)
@@ -400,6 +636,20 @@ def test_long_context(dtype, key_dtype, combine, rows_per_block):
     blocks = [(0, 131_072 + 128 * i, rows_per_block) for i in range(20)] + [(1, 9001, rows_per_block), (2, 40_001, 1)]
     case = Case(blocks, rows_per_block=rows_per_block, heads=(28, 4), head_dim=128, dtype=dtype, key_dtype=key_dtype)
     case.check(combine=combine, vote_scale=0.5)
+
+
+@BIG
+@pytest.mark.parametrize(("dtype", "key_dtype"), DTYPES)
+@pytest.mark.parametrize("rows_per_block", [1, 8, 32])
+def test_many_branches(dtype, key_dtype, rows_per_block):
+    """32 requests of unlike lengths that share 32,768 tokens, half of them 1,000 more."""
+    shared = [SharedSegment(tuple(range(32)), 0, 32_768), SharedSegment(tuple(range(0, 32, 2)), 32_768, 33_768)]
+    blocks = [(r, 32_300 + 128 * i + 7 * r, rows_per_block) for r in range(32) for i in range(1 + 3 * (r % 5))]
+    case = Case(
+        blocks, rows_per_block=rows_per_block, heads=(28, 4), head_dim=128, dtype=dtype, key_dtype=key_dtype,
+        shared=shared,
+    )  # fmt: skip
+    check_shared(case)
 
 
 @BIG

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 from accelerator import BIG, DEVICE, DTYPES, HAS_CUDA
 from paged import UNWRITTEN, poison
+from shared_trees import random_segments, share_slots
 
 from sglang_tokenselect.kernels.block_plan import BlockScratch, count_rows_per_block
 from sglang_tokenselect.kernels.paged_keys import PagedKeys
@@ -16,6 +19,7 @@ from sglang_tokenselect.kernels.reference import prefill
 from sglang_tokenselect.kernels.reference.vote import soft_vote
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.select_blocks import PrefillBlock, PrefillPlan, plan_prefill, select_blocks
+from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.kernels.workspace import TILE, Workspace, WorkspaceLimits
 
 # The interpreter warns where a column beyond the candidates overflows, where a block has none, and of NaN.
@@ -35,6 +39,7 @@ class Extend:
             beginning are dense.
         dense: whether those are items of their own, one for each request; else they are left out and their queries
             remain between those of the others.
+        shared: positions that requests have in common, at most what each of them has.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Extend:
         k_scale: float = 1.0,
         query_scale: float = 0.3,
         dense: bool = False,
+        shared: Sequence[SharedSegment] = (),
         seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -63,9 +69,14 @@ class Extend:
         table = torch.full((len(spans) + 2, max(ends) + 9), int(order[-1]), dtype=torch.int32)
         self.rows = torch.randperm(len(table), generator=generator)[: len(spans)].tolist()
         self.blocks: list[PrefillBlock] = []
+        for row, end in zip(self.rows, ends, strict=True):
+            table[row, :end], order = order[:end], order[end:]
+        self.shared = [
+            dataclasses.replace(item, rows=tuple(self.rows[index] for index in item.rows)) for item in shared
+        ]
+        share_slots(table, self.shared)
         num_queries = 3
         for row, (start, end, budget) in zip(self.rows, spans, strict=True):
-            table[row, :end], order = order[:end], order[end:]
             sparse = prefill.first_sparse_position(start, end, block, Window(num_sink, budget, num_local))
             if dense and sparse > start:
                 self.blocks.append(PrefillBlock(row, start, sparse, num_queries, -1))
@@ -91,7 +102,7 @@ class Extend:
             max_budget=max(1, *(item.budget for item in self.blocks)),
         )
 
-    def plan(self, limits: WorkspaceLimits) -> PrefillPlan:
+    def plan(self, limits: WorkspaceLimits, *, is_shared: bool = True) -> PrefillPlan:
         return plan_prefill(
             self.blocks,
             limits,
@@ -101,6 +112,7 @@ class Extend:
             num_local=self.num_local,
             num_qo_heads=self.num_qo_heads,
             device=DEVICE,
+            shared=self.shared if is_shared else (),
         )
 
     def state(self, limits: WorkspaceLimits) -> dict:
@@ -324,6 +336,119 @@ def test_a_block_does_not_depend_on_its_neighbours():
     assert alone.run()[0].tolist() == together.run()[3].tolist()
 
 
+def check_shared(extend: Extend, limits: WorkspaceLimits | None = None, **options) -> PrefillPlan:
+    """Selects with and without sharing, both as float64 does, and the same up to a swap of two that almost tie."""
+    limits = limits or extend.limits()
+    plan, alone = extend.plan(limits), extend.plan(limits, is_shared=False)
+    found, expected = extend.run(plan, **options), extend.run(alone, **options)
+    extend.check(found, **options)
+    for item, together, apart in zip(extend.blocks, found, expected, strict=True):
+        assert len({*together.tolist()} ^ {*apart.tolist()}) <= 2, f"{item}: shares other positions than it has alone"
+    assert plan.kv_indptr_cpu.tolist() == alone.kv_indptr_cpu.tolist()
+    assert plan.qo_indptr_cpu.tolist() == alone.qo_indptr_cpu.tolist()
+    return plan
+
+
+def count_units(plan: PrefillPlan) -> int:
+    return sum(part.scoring.votes.num_units for part in plan.parts)
+
+
+# One that goes on within its first block, two that part later, one with a budget of nothing, a dense one, one alone.
+BRANCH_SPANS = [
+    (600, 660, 40),
+    (611, 650, 17),
+    (830, 900, 40),
+    (600, 640, 0),
+    (30, 45, 40),
+    (845, 870, 63),
+    (300, 330, 9),
+]
+BRANCH_TREE = [SharedSegment((0, 1, 2, 3, 5), 0, 600), SharedSegment((2, 5), 600, 830)]
+
+
+@pytest.mark.parametrize("combine", ["max", "sum"])
+@pytest.mark.parametrize("num_local", [12, 130])
+def test_requests_that_share_a_prefix(combine, num_local):
+    """With a long window, blocks of several positions have all of their candidates in what they share."""
+    extend = Extend(BRANCH_SPANS, dense=True, num_local=num_local, shared=BRANCH_TREE)
+    plan = check_shared(extend, combine=combine)
+    assert count_units(plan) < count_units(extend.plan(plan.limits, is_shared=False))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_parts"), [({"max_rows": 4}, 5), ({"max_rows": 7}, 3), ({"max_candidates": 2900}, 3)], ids=str
+)
+def test_parts_of_requests_that_share_a_prefix(sizes, num_parts):
+    extend = Extend(BRANCH_SPANS, shared=BRANCH_TREE)
+    plan = check_shared(extend, extend.limits(**sizes))
+    assert len(plan.parts) == num_parts
+
+
+def test_each_part_shares_what_its_own_requests_do():
+    """Two groups that share prefixes of unlike lengths."""
+    shared = [SharedSegment((0, 1), 0, 600), SharedSegment((2, 3), 0, 300)]
+    extend = Extend([(600, 640, 20)] * 4, shared=shared)
+    plan = check_shared(extend, extend.limits(max_rows=4))
+    assert [part.scoring.num_blocks for part in plan.parts] == [4, 4]
+    assert [part.scoring.votes.num_units for part in plan.parts] == [4 + 2, 2 + 2 * 3]
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [[SharedSegment((0, 3), 0, 600)], [SharedSegment((3, 4), 0, 45), SharedSegment((0, 5), 0, 250)]],
+    ids=["all but one select nothing", "too little"],
+)
+def test_nobody_to_share_with(shared):
+    """Then the work is that of requests which share nothing."""
+    spans = [(600, 720, 40), (611, 650, 17), (830, 900, 40), (600, 640, 0), (30, 45, 40), (845, 870, 63)]
+    extend = Extend(spans, dense=True, shared=shared)
+    (part,), (alone,) = (extend.plan(extend.limits(), is_shared=is_shared).parts for is_shared in (True, False))
+    assert sorted(part.kv_start.tolist()) == sorted(alone.kv_start.tolist())
+    for tiling, other in ((part.scoring.votes, alone.scoring.votes), (part.scoring.logsumexp, alone.scoring.logsumexp)):
+        assert (tiling.num_units, tiling.tuning) == (other.num_units, other.tuning)
+    extend.check(extend.run())
+
+
+def test_ties_in_what_requests_share_go_to_the_lower_position():
+    extend = Extend(BRANCH_SPANS, query_scale=0.0, shared=BRANCH_TREE)
+    for item, positions in zip(extend.blocks, extend.run(), strict=True):
+        assert positions[5 : 5 + item.budget].tolist() == list(range(5, 5 + item.budget))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_trees(seed):
+    """Requests with dense parts, radix hits anywhere, budgets of nothing; shared are parts of what each has cached."""
+    choose = random.Random(seed)
+    spans = []
+    for _ in range(choose.randint(3, 7)):
+        start = choose.choice([choose.randint(1, 900), choose.randint(500, 560)])
+        spans.append((start, start + choose.randint(1, 70), choose.choice([0, 1, 17, 40])))
+    # A block or two at least that select.
+    spans.append((700, 740, 20))
+    shared = random_segments(choose, [start for start, _, _ in spans])
+    extend = Extend(
+        spans,
+        dense=choose.random() < 0.7,
+        heads=choose.choice([(2, 1), (2, 2), (3, 1)]),
+        num_sink=choose.choice([5, 0, 64]),
+        num_local=choose.choice([12, 0, 100]),
+        shared=shared,
+        seed=seed,
+    )
+    num_rows = sum(not item.is_dense for item in extend.blocks)
+    check_shared(extend, extend.limits(max_rows=choose.choice([num_rows, -(-num_rows // 2)])))
+
+
+def test_a_used_workspace_serves_requests_that_share():
+    """Twice with one workspace, with another forward in between."""
+    extend, other = Extend(BRANCH_SPANS, shared=BRANCH_TREE), Extend(BRANCH_SPANS[:3], seed=1)
+    limits = extend.limits()
+    plan, state = extend.plan(limits), extend.state(limits)
+    first = extend.run(plan, state)
+    other.check(other.run(other.plan(limits), state))
+    assert [p.tolist() for p in extend.run(plan, state)] == [p.tolist() for p in first]
+
+
 def test_nan_in_a_query_keeps_the_lengths():
     """A broken request gets some selection of the right length; the others get theirs."""
     extend = Extend(MIXED)
@@ -442,6 +567,20 @@ def test_long_context(dtype, key_dtype, combine):
     parts = extend.plan(extend.limits(max_candidates=1_000_000))
     assert len(parts.parts) > 2
     extend.check(extend.run(parts, combine=combine), combine=combine)
+
+
+@BIG
+@pytest.mark.parametrize(("dtype", "key_dtype"), DTYPES)
+def test_many_branches(dtype, key_dtype):
+    """32 requests over 32,768 shared tokens, in one part and in several."""
+    spans = [(32_768 + 40 * (i % 3), 33_024 + 90 * i, 2048) for i in range(32)]
+    shared = [SharedSegment(tuple(range(32)), 0, 32_768), SharedSegment(tuple(range(1, 32, 3)), 32_768, 32_808)]
+    sizes = {"block": 128, "sub_block": 16, "num_sink": 128, "num_local": 512, "heads": (28, 4), "head_dim": 128}
+    extend = Extend(spans, dtype=dtype, key_dtype=key_dtype, shared=shared, **sizes)
+    extend.check(extend.run())
+    parts = extend.plan(extend.limits(max_rows=128))
+    assert len(parts.parts) > 2
+    extend.check(extend.run(parts))
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="a stream and an allocator of its own")

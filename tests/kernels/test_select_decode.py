@@ -10,7 +10,7 @@ from paged import DecodeStep, PagedBatch, poison
 
 from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference.window import Window
-from sglang_tokenselect.kernels.workspace import TILE, DecodeWorkspace, WorkspaceLimits
+from sglang_tokenselect.kernels.workspace import DecodeWorkspace, WorkspaceLimits
 
 WINDOW = Window(num_sink=5, budget=40, num_local=12)
 
@@ -71,32 +71,12 @@ def test_nan_in_a_query_keeps_the_lengths():
     step.check(1, sound)
 
 
-@pytest.mark.parametrize("max_candidates", [None, 700, 500])
-def test_a_batch_in_parts_selects_the_same(max_candidates):
-    paged = PagedBatch([500, 57, 320, 1, 444, 380])
+@pytest.mark.parametrize(("max_candidates", "num_parts"), [(None, 1), (700, 2), (500, 2)])
+def test_a_batch_in_parts_selects_the_same(max_candidates, num_parts):
+    paged = PagedBatch([500, 57, 320, 1, 444, 380, 700, 666])
     step = DecodeStep(paged, WINDOW, max_candidates=max_candidates)
-    assert (step.workspace.limits.num_parts(len(paged)) > 1) == (max_candidates is not None)
     check_step(step)
-
-
-@pytest.mark.parametrize("max_candidates", [700, 500])
-def test_no_more_parts_than_the_candidates_need(max_candidates):
-    """Rows without candidates are written though no part is run for them: those at the end would be in the next."""
-    paged = PagedBatch([500, 57, 320, 1, 444, 380, 30, 57])
-    step = DecodeStep(paged, WINDOW, max_candidates=max_candidates)
-    limits = step.workspace.limits
-    step.num_parts = limits.count_parts(step.candidates())
-    assert 1 < step.num_parts < limits.num_parts(len(paged))
-    check_step(step)
-
-
-def test_one_part_and_rows_that_would_be_in_the_next():
-    step = DecodeStep(PagedBatch([500, 320, 57, 30]), WINDOW, max_candidates=500)
-    tiles = sum(-(-count // TILE) for count in step.candidates())
-    assert tiles >= step.workspace.limits.part_tiles
-    step.num_parts = step.workspace.limits.count_parts(step.candidates())
-    assert step.num_parts == 1
-    check_step(step)
+    assert len(step.parts) == num_parts
 
 
 def test_more_rows_than_the_smallest_block():
@@ -121,7 +101,6 @@ def test_rows_that_the_caller_writes(window, max_candidates):
     step.cache.seq_len[[0, 2]] = torch.tensor([299, 39], dtype=torch.int32, device=DEVICE)
     step.cache.vote_len[[0, 2]] = 40
     before = {name: tensor.clone() for name, tensor in vars(step.cache).items()}
-    step.num_parts = step.workspace.limits.count_parts(step.candidates())
     check_step(step)
     assert step.cache.counters.tolist() == [0, 3]
     for name in ("query", "vote", "vote_len", "seq_len", "cut"):
@@ -183,9 +162,6 @@ def test_errors_name_what_they_expected():
     paged = PagedBatch([100, 90])
     step = DecodeStep(paged, WINDOW)
     step.plan()
-    step.num_parts = 0
-    with pytest.raises(ValueError, match="num_parts: expected 1 at least, got 0"):
-        step.launch()
     paged.query = paged.query[:, :2]
     with pytest.raises(ValueError, match=r"query: expected \(2, 4, 64\)"):
         step.launch()
@@ -203,3 +179,5 @@ def test_errors_name_what_they_expected():
         WorkspaceLimits(1, 99, 100, 64)
     with pytest.raises(ValueError, match="num_qo_heads: expected a multiple of 2, got 3"):
         DecodeWorkspace(WorkspaceLimits(1, 100, 100, 64), 3, 2, DEVICE)
+    with pytest.raises(ValueError, match="max_own_candidates: expected 100, max_seq_len, or more, got 99"):
+        DecodeWorkspace(WorkspaceLimits(1, 100, 100, 64), 4, 2, DEVICE, max_own_candidates=99)

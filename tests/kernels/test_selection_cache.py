@@ -152,12 +152,10 @@ def test_a_request_within_its_window_leaves_its_entry_alone():
 def test_hits_need_no_part_of_their_own():
     """Rows that reuse a vote, that fit their window and that vote, in the parts that all votes would need."""
     step = growing([500, 57, 320, 444, 380, 30], steps=1, max_candidates=500, theta=-1.0)
-    limits = step.workspace.limits
     for ages in ([0] * 6, [1, 0, 1, 0, 1, 0]):
-        step.num_parts = limits.count_parts(step.candidates())
-        assert 1 < step.num_parts < limits.num_parts(6)
         for row, positions in enumerate(step.run()):
             step.check(row, positions, age=ages[row])
+        assert len(step.parts) == 2
         step.batch.seq_lens.add_(1)
         step.cache.seq_len[3] = 0
     assert step.cache.counters.tolist() == [3, 6]
@@ -289,9 +287,8 @@ def test_a_long_walk(seed):
 
 
 @NEEDS_CUDA
-@pytest.mark.parametrize("max_candidates", [None, 800], ids=["one-part", "parts"])
-def test_graph_replays_with_other_lengths_budgets_and_hits(max_candidates):
-    step = growing([300, 40, 411, 58, 700], steps=60, max_reuse=7, max_candidates=max_candidates)
+def test_graph_replays_with_other_lengths_budgets_and_hits():
+    step = growing([300, 40, 411, 58, 700], steps=60, max_reuse=7)
     step.run()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -16,36 +16,30 @@ from sglang_tokenselect.kernels.rows import SelectionRows, rows_block
 from sglang_tokenselect.kernels.workspace import TILE, DecodeWorkspace, Workspace, WorkspaceLimits, nbytes
 
 
-def parts_of_rows(limits: WorkspaceLimits, num_candidates: list[int]) -> dict[int, int]:
-    """The part of each row with candidates, by laying out the tiles one by one. Raises if a part does not fit."""
-    tiles = [row for row, count in enumerate(num_candidates) for _ in range(0, count, TILE)]
-    parts = {row: tiles.index(row) // limits.part_tiles for row in set(tiles)}
-    for row, part in parts.items():
-        last = len(tiles) - tiles[::-1].index(row)
-        assert last - part * limits.part_tiles <= limits.num_tiles
-    return parts
-
-
 @given(data=st.data())
-def test_count_parts(data):
-    """As many as the last row needs; rows that turn out to have no candidates stay within."""
+def test_cut_rows(data):
+    """All rows once and in order; what a run holds fits, also if some of its rows reuse a vote; no run in vain."""
     max_seq_len = data.draw(st.integers(1, 9 * TILE))
     counts = data.draw(st.lists(st.integers(0, max_seq_len), min_size=1, max_size=12))
-    max_candidates = data.draw(st.integers(max_seq_len, 20 * TILE))
-    limits = WorkspaceLimits(len(counts), max_candidates, max_seq_len, 64)
-    num_parts = limits.count_parts(counts)
-    assert num_parts == max(parts_of_rows(limits, counts).values(), default=0) + 1
-    assert num_parts <= limits.num_parts(len(counts))
+    shared = [data.draw(st.integers(0, count // TILE)) for count in counts]
+    limits = WorkspaceLimits(1, data.draw(st.integers(max_seq_len, 30 * TILE)), max_seq_len, 64)
+    own = data.draw(st.integers(max_seq_len, limits.max_candidates))
+    workspace = DecodeWorkspace(limits, 2, 1, "meta", max_own_candidates=own)
+    runs = workspace.cut_rows(counts, shared)
+    assert [row for run in runs for row in run] == list(range(len(counts)))
 
-    hits = data.draw(st.lists(st.booleans(), min_size=len(counts), max_size=len(counts)))
-    fewer = [0 if hit else count for hit, count in zip(hits, counts, strict=True)]
-    assert all(part < num_parts for part in parts_of_rows(limits, fewer).values())
-    assert limits.count_parts(fewer) <= num_parts
+    def fits(rows: range) -> bool:
+        tiles = sum(-(-counts[row] // TILE) for row in rows)
+        terms = workspace.terms.shape[0]
+        return tiles <= workspace.scores.shape[0] and tiles - sum(shared[row] for row in rows) <= terms
+
+    assert all(fits(run) and len(run) for run in runs)
+    assert not any(fits(range(run.start, run.stop + 1)) for run in runs[:-1])
 
 
-def test_no_candidates_need_one_part():
-    limits = WorkspaceLimits(3, 100, 100, 64)
-    assert limits.count_parts([]) == limits.count_parts([0, 0, 0]) == 1
+def test_rows_that_share_nothing():
+    workspace = DecodeWorkspace(WorkspaceLimits(3, 300, 100, 64), 2, 1, "meta")
+    assert workspace.cut_rows([0, 0, 0]) == workspace.cut_rows([100, 100, 100]) == [range(3)]
 
 
 def test_blocks_of_rows():

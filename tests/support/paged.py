@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from accelerator import DEVICE
 
@@ -10,8 +12,10 @@ from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference.vote import soft_vote
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.rows import SelectionRows
-from sglang_tokenselect.kernels.select_decode import select_decode
+from sglang_tokenselect.kernels.select_decode import DecodePart, select_decode
 from sglang_tokenselect.kernels.selection_cache import DecodeBatch, Probe, SelectionCache
+from sglang_tokenselect.kernels.shared_plan import SharedPlan, SharedPrefixes
+from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.kernels.workspace import DecodeWorkspace, Workspace, WorkspaceLimits
 
 UNWRITTEN = -7
@@ -22,7 +26,7 @@ SCORE_RTOL = 1e-2
 def poison(workspace: Workspace) -> None:
     """Garbage wherever a call may not expect anything; what it may expect is stated in the class."""
     for name, tensor in vars(workspace).items():
-        if isinstance(tensor, torch.Tensor) and name not in ("maxima", "arrivals"):
+        if isinstance(tensor, torch.Tensor) and name not in ("maxima", "arrivals", "shared_arrivals"):
             tensor.fill_(torch.nan if tensor.is_floating_point() else 2**30 - 1)
 
 
@@ -49,16 +53,23 @@ class PagedBatch:
         k_scale: float = 1.0,
         num_rows: int | None = None,
         max_len: int | None = None,
+        shared: Sequence[SharedSegment] = (),
         seed: int = 0,
     ) -> None:
+        """
+        Args:
+            shared: positions whose slots requests have in common, parents before children.
+        """
         generator = torch.Generator(DEVICE).manual_seed(seed)
         self.seq_lens, (self.num_qo_heads, num_kv_heads), self.head_dim = seq_lens, heads, head_dim
         self.max_len = max_len or max(seq_lens)
         used = len(seq_lens) * self.max_len
         order = torch.randperm(used + 17, generator=generator, device=DEVICE).to(torch.int32)
         pool = torch.randn(used + 17, num_kv_heads, head_dim, generator=generator, device=DEVICE, dtype=torch.float32)
-        pool[order[used:].long()] = torch.nan
-        slots = order[:used].view(len(seq_lens), self.max_len)
+        slots = order[:used].view(len(seq_lens), self.max_len).clone()
+        for segment in shared:
+            slots[list(segment.rows), segment.start : segment.end] = slots[segment.rows[0], segment.start : segment.end]
+        pool[~torch.isin(torch.arange(used + 17, device=DEVICE), slots)] = torch.nan
         self.table = torch.full((num_rows or len(seq_lens) + 2, self.max_len + 5), int(order[-1]), dtype=torch.int32)
         self.table = self.table.to(DEVICE)
         rows = torch.randperm(self.table.shape[0], generator=generator, device=DEVICE)[: len(seq_lens)]
@@ -78,9 +89,13 @@ class PagedBatch:
         total = len(self) * self.max_len
         return WorkspaceLimits(len(self), max(max_candidates or total, self.max_len), self.max_len, max_budget)
 
-    def workspace(self, max_budget: int, *, max_candidates: int | None = None) -> DecodeWorkspace:
+    def workspace(
+        self, max_budget: int, *, max_candidates: int | None = None, max_own_candidates: int | None = None
+    ) -> DecodeWorkspace:
         limits = self.limits(max_budget, max_candidates=max_candidates)
-        workspace = DecodeWorkspace(limits, self.num_qo_heads, self.keys.num_kv_heads, DEVICE)
+        workspace = DecodeWorkspace(
+            limits, self.num_qo_heads, self.keys.num_kv_heads, DEVICE, max_own_candidates=max_own_candidates
+        )
         poison(workspace)
         return workspace
 
@@ -113,12 +128,17 @@ class DecodeStep:
         theta: float = 0.9,
         max_reuse: int = 64,
         vote_scale: float = 1.0,
-        num_parts: int | None = None,
+        shared: Sequence[SharedSegment] = (),
+        max_own_candidates: int | None = None,
         probe: Probe | None = None,
         layer: int = 0,
     ) -> None:
-        self.paged, self.window, self.vote_scale, self.num_parts = paged, window, vote_scale, num_parts
-        self.layer = layer
+        """
+        Args:
+            shared: positions that requests score together; they must have their slots in common.
+        """
+        self.paged, self.window, self.vote_scale, self.layer = paged, window, vote_scale, layer
+        self.shared = shared
         max_budget = max_budget or max([window.budget, *(budgets or [])])
         count = len(paged)
 
@@ -135,7 +155,9 @@ class DecodeStep:
             max_reuse=ints([max_reuse]),
             probe=probe,
         )
-        self.workspace = paged.workspace(max_budget, max_candidates=max_candidates)
+        self.workspace = paged.workspace(
+            max_budget, max_candidates=max_candidates, max_own_candidates=max_own_candidates
+        )
         self.cache = paged.cache(max_budget, max(count, 1 + max(self.batch.cache_slots.tolist())))
         self.rows = SelectionRows.empty(count, DEVICE)
         self.kv_indices = torch.empty(count * paged.max_len + 64, dtype=torch.int32, device=DEVICE)
@@ -155,6 +177,19 @@ class DecodeStep:
         lengths = [n if w.budget < 0 else w.attended_length(n) for w, n in rows]
         self.batch.kv_indptr[1:] = torch.tensor(lengths, device=DEVICE).cumsum(0)
         self.kv_indices.fill_(UNWRITTEN)
+        self.parts = self._cut_parts()
+
+    def _cut_parts(self) -> list[DecodePart]:
+        plan = SharedPlan.of(self.shared, self.candidates(), num_sink=self.window.num_sink, min_rows=2)
+        runs = self.workspace.cut_rows(self.candidates(), plan.shared_tiles)
+        if not plan.segments:
+            return [DecodePart(rows) for rows in runs]
+        parts = []
+        for rows in runs:
+            memory = torch.full((SharedPrefixes.count_ints(len(rows)),), 2**30 - 1, dtype=torch.int32)
+            plan.part(rows).write(memory)
+            parts.append(DecodePart(rows, SharedPrefixes.view(memory.to(DEVICE), len(rows))))
+        return parts
 
     def launch(self) -> None:
         select_decode(
@@ -168,7 +203,7 @@ class DecodeStep:
             num_sink=self.window.num_sink,
             num_local=self.window.num_local,
             vote_scale=self.vote_scale,
-            num_parts=self.num_parts,
+            parts=self.parts,
             layer=self.layer,
         )
 

@@ -32,6 +32,7 @@ SNAPSHOT = Snapshot(
         "votes": 250,
         "reuses": 750,
         "uncached_queries": 5,
+        "shared_queries": 300,
         "block_votes": 40,
     },
 )

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixed traffic for a server: lengths, shared prefixes, concurrency, aborts. Seeded."""
+"""Mixed traffic for a server: lengths, shared prefixes, branches, options, concurrency, aborts. Seeded."""
 
 from __future__ import annotations
 
 import random
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, TypeVar
 
+from sglang_tokenselect.needle import tasks
 from sglang_tokenselect.server_process import ServerProcess
+
+T = TypeVar("T")
 
 # Flags of servers in these tests: token ids in and out, a tiny model.
 _COMMON = (
@@ -34,12 +40,17 @@ SPARSE = (
 TIGHT = ("--chunked-prefill-size", "96", "--max-total-tokens", "2600", "--max-running-requests", "24")
 RETRACT = {"SGLANG_TEST_RETRACT": "1"}
 COMPACT = ("--tokenselect-positions", "compact")
+# Prompts of one HTTP request reach the scheduler together, else each as soon as its text is tokenized.
+AT_ONCE = ("--enable-tokenizer-batch-encode",)
 
 
 @dataclass(frozen=True)
 class Request:
+    """`options` are its own, as in request_options.py."""
+
     input_ids: list[int]
     max_new_tokens: int
+    options: dict[str, Any] | None = None
 
 
 def mixed_requests(count: int, *, longest: int, vocab_size: int = 512, seed: int = 0) -> list[Request]:
@@ -70,8 +81,91 @@ def generate(server: ServerProcess, requests: list[Request], *, concurrency: int
 
 def ask(server: ServerProcess, request: Request, **fields) -> list[int]:
     sampling = {"temperature": 0.0, "max_new_tokens": request.max_new_tokens, "ignore_eos": True}
-    payload = {"input_ids": request.input_ids, "sampling_params": sampling, **fields}
+    payload = {"input_ids": request.input_ids, "sampling_params": with_options(sampling, request.options), **fields}
     return server.post("/generate", payload)["output_ids"]
+
+
+def with_options(sampling: dict[str, Any], options: dict[str, Any] | None) -> dict[str, Any]:
+    return {**sampling, "custom_params": {"tokenselect": options}} if options else sampling
+
+
+def counted(server: ServerProcess, action: Callable[[], T]) -> tuple[T, dict[str, int]]:
+    """What `action` returns, and what the server's counters grew by meanwhile."""
+    before = server.counters()
+    result = action()
+    return result, {name: count - before[name] for name, count in server.counters().items()}
+
+
+def flush(server: ServerProcess) -> None:
+    """Empties the radix cache, once the last step of the requests before is over."""
+    server.post_text("/flush_cache?timeout=30", {})
+
+
+def answer_texts(
+    server: ServerProcess, prompts: Sequence[str], *, max_new_tokens: int = 64, options: dict[str, Any] | None = None
+) -> list[str]:
+    """Answers to questions about needles, asked in one HTTP request."""
+    sampling = with_options({"temperature": 0.0, "max_new_tokens": max_new_tokens, "stop": ["\n", "."]}, options)
+    answers = server.post("/generate", {"text": list(prompts), "sampling_params": sampling})
+    return [answer["text"] for answer in answers]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A question at the end of texts that it shares with others, the one that most share first."""
+
+    texts: tuple[str, ...]
+    question: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        return "".join(self.texts) + self.question
+
+
+def fork(num_tokens: int, seed: int, count_tokens: Callable[[str], int]) -> list[Branch]:
+    """12 questions about one context, each for another key."""
+    context = tasks.make_context(tasks.held_out(seed), num_tokens, num_needles=12, count_tokens=count_tokens)
+    return [_branch((context.text,), sample) for sample in tasks.questions(context)]
+
+
+def fork_of_forks(num_tokens: int, part_tokens: int, seed: int, count_tokens: Callable[[str], int]) -> list[Branch]:
+    """One context that goes on in 3 ways, with 4 questions each: 3 for keys whose numbers each of the parts gives
+    differently, and 1 about the context."""
+    index = tasks.held_out(seed)
+    drawn = tasks.draw_facts(random.Random(index), values_per_key=[1] * 8 + [3] * 3, names_per_chain=[]).needles
+    stem = tasks.make_context(
+        index, num_tokens, count_tokens=count_tokens, facts=tasks.Facts(needles=drawn[:8], chains=())
+    )
+    branches = []
+    for number in range(3):
+        own = tuple(tasks.Needle(needle.key, needle.values[number : number + 1]) for needle in drawn[8:])
+        facts = tasks.Facts(needles=own, chains=())
+        part = tasks.make_context(index + number + 1, part_tokens, count_tokens=count_tokens, facts=facts)
+        samples = [*tasks.questions(part), tasks.ask_number(stem, stem.facts.needles[number])]
+        branches += [_branch((stem.text, part.text), sample) for sample in samples]
+    return branches
+
+
+def _branch(texts: tuple[str, ...], sample: tasks.Sample) -> Branch:
+    return Branch(texts, sample.question, sample.answers[0])
+
+
+def answer_alone(server: ServerProcess, branches: Sequence[Branch]) -> list[str]:
+    """One after the other, each on an empty radix cache: nothing is shared."""
+    answers = []
+    for branch in branches:
+        flush(server)
+        answers += answer_texts(server, [branch.prompt])
+    return answers
+
+
+def answer_at_once(server: ServerProcess, branches: Sequence[Branch]) -> list[str]:
+    """In one batch, on a server with AT_ONCE, after what they share was read, each text once."""
+    flush(server)
+    for prefix in dict.fromkeys(prefix for branch in branches for prefix in accumulate(branch.texts)):
+        answer_texts(server, [prefix], max_new_tokens=1)
+    return answer_texts(server, [branch.prompt for branch in branches])
 
 
 class Aborts:

@@ -39,6 +39,7 @@ BAD = [
     ({"min_mass": 1.5}, "min_mass: expected at most 1.0, got 1.5"),
     ({"max_reuse": 2**31}, "max_reuse: expected at most 2147483647, got 2147483648"),
     ({"min_mass": 0.5, "mass_every": 0}, "mass_every: expected at least 1 with min_mass, got 0"),
+    ({"min_group": 1}, "min_group: expected 0 or at least 2, got 1"),
     ({"allow_remote": 1}, "allow_remote: expected true or false, got 1"),
     ({"publish": 5}, "publish: expected a string, got 5"),
     ({"publish": "127.0.0.1:5"}, "publish: expected tcp://HOST:PORT or ipc:///PATH, got '127.0.0.1:5'"),

@@ -17,7 +17,9 @@ from sglang_tokenselect.model_shape import ModelShape, common_logit_cap, sliding
 from sglang_tokenselect.patches import forward_requests, kv_budget
 from sglang_tokenselect.patches.rope import common_rope
 from sglang_tokenselect.planner import PADDING_ROW, StagedRequests, plan_forward
+from sglang_tokenselect.prefix_groups import PrefixGroups
 from sglang_tokenselect.refusals import Refusal
+from sglang_tokenselect.runner import Step
 from sglang_tokenselect.torch_runner import TorchRunner
 
 
@@ -41,10 +43,10 @@ def test_rows_that_were_not_told_come_from_the_batch():
 
 def test_the_hook_tells_the_backend_that_listens():
     told = []
-    batch = SimpleNamespace(req_pool_indices_cpu=torch.tensor([5, 6]), reqs=["one", "other"])
+    batch = SimpleNamespace(req_pool_indices_cpu=torch.tensor([5, 6]), reqs=["one", "other"], tree_cache="tree")
     for backend in (SimpleNamespace(stage_requests=lambda *args: told.append(args)), SimpleNamespace()):
         forward_requests._stage(None, object, batch, SimpleNamespace(attn_backend=backend))
-    assert told == [([5, 6], ["one", "other"])]
+    assert told == [([5, 6], ["one", "other"], "tree")]
 
 
 MODEL = SimpleNamespace(
@@ -113,7 +115,8 @@ def test_own_windows_are_known_before_and_after_a_forward_is_planned():
     backend = TokenSelectAttnBackend.__new__(TokenSelectAttnBackend)
     backend.config = TokenSelectConfig(min_len=100, budget=5, sink=2, local=3)
     backend.runner = TorchRunner(backend.config, torch.zeros(9, 400, dtype=torch.int32), {})
-    backend._staged, backend._windows = None, ()
+    backend._staged, backend._windows, backend._shared = None, (), ()
+    backend._prefix_groups = PrefixGroups(backend.config.min_group)
     dense = SimpleNamespace(
         sampling_params=SimpleNamespace(custom_params={"tokenselect": {"dense": True}}),
         extra_key="|tokenselect:dense",
@@ -122,20 +125,21 @@ def test_own_windows_are_known_before_and_after_a_forward_is_planned():
     plain = SimpleNamespace(sampling_params=SimpleNamespace(custom_params=None))
     batch = decode_batch([300], rows=[4])
     batch.forward_mode.is_idle = lambda: False
-    for req, selects in ((dense, False), (plain, True), (dense, False)):
-        backend.stage_requests([4], [req])
-        assert backend.decode_selects([300]) == selects
+    for req, step in ((dense, Step.EVERYTHING), (plain, Step.SELECTS), (dense, Step.EVERYTHING)):
+        backend.stage_requests([4], [req], None)
+        assert backend.decode_step([300]) is step
         backend.init_forward_metadata_out_graph(batch)
-        assert backend.decode_selects([300]) == selects
+        assert backend.decode_step([300]) is step
     backend.init_forward_metadata_out_graph(batch)  # of nobody who was told, as in warm-up
-    assert backend.decode_selects([300])
+    assert backend.decode_step([300]) is Step.SELECTS
 
 
 def test_options_that_nobody_checked_are_not_followed(caplog):
     backend = TokenSelectAttnBackend.__new__(TokenSelectAttnBackend)
     backend.config = TokenSelectConfig()
+    backend._prefix_groups = PrefixGroups(0)
     for custom_params, extra_key in (({"dense": True}, None), ({"dense": 5}, "|tokenselect:dense")):
         sampling = SimpleNamespace(custom_params={"tokenselect": custom_params})
-        backend.stage_requests([4], [SimpleNamespace(sampling_params=sampling, extra_key=extra_key, rid="7")])
+        backend.stage_requests([4], [SimpleNamespace(sampling_params=sampling, extra_key=extra_key, rid="7")], None)
         assert backend._staged.windows == ()
     assert caplog.text.count("options of request 7 are not followed") == 2

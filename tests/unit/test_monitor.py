@@ -66,7 +66,7 @@ def test_the_view_shows_the_latest_snapshot():
         "attention mass": "0.951, floor 0.900",
         "requests": "16 running, 3 waiting",
         "kv cache": "62.5% in use",
-        "decode queries": "1,000, 10 dense, 5 uncached",
+        "decode queries": "1,000, 10 dense, 300 shared, 5 uncached",
         "selections": "250 votes, 750 reuses, 40 for prefill",
         "tokens": "2,100 attended, 97,900 not read",
     }
