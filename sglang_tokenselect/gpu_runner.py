@@ -130,6 +130,9 @@ class GpuRunner(Runner):
             self._count_on_device(*counts)
         self._counts.start(self._caches.counters.sum(0))
 
+    def take_masses(self) -> list[tuple[float, int]]:
+        return self._mass.take()
+
     def _count_on_device(self, reuses: int, votes: int) -> None:
         # A read that was started before a later one has been waited for is older than what is known.
         known = self.counters
@@ -159,7 +162,6 @@ class GpuRunner(Runner):
         windows = [self.decode_window_of(request) for request in plan.requests]
         # First, since entries that are lent anew are emptied.
         self._mass.measure(plan.requests)
-        self.masses += self._mass.take()
         cache_slots = self._lend_entries(plan, windows)
         if not self._delegated:
             self._current = self._decode

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerator import BIG, DEVICE, DTYPES
 from paged import SCORE_RTOL, DecodeStep, PagedBatch, poison
+from shared_trees import random_segments
 
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.shared_plan import SharedPlan, SharedPrefixes, TileSegment
@@ -26,26 +27,10 @@ TREE = (
 
 
 def random_tree(seed: int, num_rows: int, longest: int) -> tuple[list[int], list[SharedSegment]]:
-    """Lengths of requests and what they share: groups that part at random depths, some of which end below it."""
+    """Lengths of requests, and what they share."""
     choose = random.Random(seed)
     lengths = [choose.randint(1, longest) for _ in range(num_rows)]
-    segments: list[SharedSegment] = []
-
-    def part(rows: list[int], start: int) -> None:
-        if len(rows) < 2 or (common := min(lengths[row] for row in rows) - start) < 1:
-            return
-        end = start + choose.choice([choose.randint(1, common), common])
-        segments.append(SharedSegment(tuple(sorted(rows)), start, end))
-        choose.shuffle(rows)
-        cut = choose.randint(0, len(rows))
-        part(rows[:cut], end)
-        part(rows[cut:], end)
-
-    rows = list(range(num_rows))
-    choose.shuffle(rows)
-    for group in (rows[: num_rows * 3 // 4], rows[num_rows * 3 // 4 :]):
-        part(group, 0)
-    return lengths, segments
+    return lengths, random_segments(choose, lengths)
 
 
 def scores(step: DecodeStep) -> list[torch.Tensor]:
@@ -104,12 +89,12 @@ def test_heads_and_dtypes(heads, head_dim, dtype, key_dtype):
     check_shared(paged, TREE, vote_scale=0.25)
 
 
-@pytest.mark.parametrize("num_rows", [2, 9, 33, 70])
+@pytest.mark.parametrize("num_rows", [2, 9, 35])
 def test_more_rows_than_a_chunk_holds(num_rows):
-    """70 rows of 7 heads in a group, 8 with padding: chunks of 16 rows, the last one not full."""
-    shared = [SharedSegment(tuple(range(num_rows)), 0, 401), SharedSegment(tuple(range(1, num_rows, 2)), 401, 533)]
+    """35 rows of 7 heads in a group, 8 with padding: chunks of 16 rows, the last one not full."""
+    shared = [SharedSegment(tuple(range(num_rows)), 0, 270), SharedSegment(tuple(range(1, num_rows, 2)), 270, 401)]
     shared = [segment for segment in shared if len(segment.rows) > 1]
-    paged = PagedBatch([560 + row for row in range(num_rows)], heads=(7, 1), shared=shared)
+    paged = PagedBatch([420 + row for row in range(num_rows)], heads=(7, 1), shared=shared)
     check_shared(paged, shared)
 
 
@@ -208,10 +193,11 @@ def test_large(heads, num_rows):
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: CUDA graphs")
 def test_graph_replays_with_other_groups():
-    """Captured with one tree, replayed with others, with hits, and with none at all."""
+    """Captured with no group at all, replayed with those of other trees, and with none."""
     longest = 900
-    first, shared = random_tree(99, num_rows=8, longest=longest)
+    _, shared = random_tree(99, num_rows=8, longest=longest)
     memory = torch.zeros(SharedPrefixes.count_ints(8), dtype=torch.int32)
+    SharedPlan.of(shared, [0] * 8, num_sink=WINDOW.num_sink, min_rows=2).write(memory)
     device_memory = memory.cuda()
     step = DecodeStep(PagedBatch([longest] * 8, max_len=longest), WINDOW, theta=2.0)
     step.run()
