@@ -46,7 +46,9 @@ def test_wheel(source, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         assert set(NEEDED) <= set(archive.namelist())
         assert not [
-            name for name in archive.namelist() if name.startswith(("kernels/", "patches/", "tests/", "bench/"))
+            name
+            for name in archive.namelist()
+            if name.startswith(("kernels/", "patches/", "tests/", "bench/", "examples/"))
         ]
         archive.extractall(tmp_path / "site")
     code = "import sglang_tokenselect.kernels.reference.decode, sglang_tokenselect as s; print(s.__file__)"
