@@ -147,10 +147,10 @@ def _emit_kernel(
 ):
     segment = tl.program_id(0)
     row = tl.program_id(1)
-    num_candidates = tl.load(num_candidates_ptr + row)
-    num_chosen = tl.load(num_chosen_ptr + row)
-    tail_start = tl.load(tail_start_ptr + row)
-    kv_end = tl.load(kv_end_ptr + row)
+    num_candidates = tl.load(num_candidates_ptr + row, cache_modifier=".cg")
+    num_chosen = tl.load(num_chosen_ptr + row, cache_modifier=".cg")
+    tail_start = tl.load(tail_start_ptr + row, cache_modifier=".cg")
+    kv_end = tl.load(kv_end_ptr + row, cache_modifier=".cg")
     req = tl.load(req_pool_indices_ptr + row).to(tl.int64)
     out_ptr = kv_indices_ptr + tl.load(kv_start_ptr + row)
     slots_ptr = req_to_token_ptr + req * stride_table_row

@@ -12,8 +12,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def wait_for_previous(PDL: tl.constexpr):
     """What the launch before this one writes may be read from here on, and what it reads may be written.
 
-    Every kernel comes here, and says :func:`start_next` at the earliest here, or has not read anything of the launch
-    before it. So before this line, a kernel may read what was there before the launch before it.
+    Every program of every kernel comes here before it ends. Before this line, a kernel may touch what the second launch
+    before it left, or the third before it, where the launch before it says :func:`start_next` ahead of its own wait.
+    It must then not be read through L1, which may hold what was there in the layer before: `cache_modifier=".cg"`.
     """
     if PDL:
         gdc_wait()

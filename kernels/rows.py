@@ -56,7 +56,9 @@ def _own_tiles(num_candidates_ptr, shared_tiles_ptr, num_rows, ROWS: tl.constexp
     A row that does not vote has no candidates, and so no tiles, whatever it shares.
     """
     rows = tl.arange(0, ROWS)
-    tiles = tl.cdiv(tl.load(num_candidates_ptr + rows, mask=rows < num_rows, other=0), TILE)
+    # Kernels ask before they wait for the launch before them; see launch.py.
+    num_candidates = tl.load(num_candidates_ptr + rows, mask=rows < num_rows, other=0, cache_modifier=".cg")
+    tiles = tl.cdiv(num_candidates, TILE)
     if shared_tiles_ptr is not None:
         tiles = tl.maximum(tiles - tl.load(shared_tiles_ptr + rows, mask=rows < num_rows, other=0), 0)
     return tiles

@@ -17,7 +17,7 @@ from .selection_cache import DecodeBatch, Probe, SelectionCache, begin_decode
 from .shared_plan import SharedPrefixes
 from .shared_prefix import plan_chunks, score_shared
 from .vote import vote
-from .workspace import DecodeWorkspace
+from .workspace import MAX_SHARED_KV_HEADS, DecodeWorkspace
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,12 @@ def select_decode(
     _check(query, keys, batch, cache, workspace, kv_indices)
     if layer < 0:
         raise ValueError(f"layer: expected 0 at least, got {layer}")
+    parts = (DecodePart(range(len(batch))),) if parts is None else parts
+    for part in parts:
+        if part.shared is not None:
+            _check_shared(part, keys, vote_scale)
     begin_decode(query, batch, cache, rows, workspace, num_sink=num_sink, num_local=num_local, layer=layer)
-    for part in (DecodePart(range(len(batch))),) if parts is None else parts:
+    for part in parts:
         first, stop, count = part.rows.start, part.rows.stop, len(part.rows)
         part_query, part_rows, req_pool_indices = (
             query[first:stop],
@@ -127,6 +131,17 @@ def _check(
     expect("kv_indices", kv_indices, (None,), torch.int32)
     if batch.probe is not None:
         _check_probe(batch.probe, query)
+
+
+def _check_shared(part: DecodePart, keys: PagedKeys, vote_scale: float) -> None:
+    if keys.num_kv_heads > MAX_SHARED_KV_HEADS:
+        raise ValueError(
+            f"num_kv_heads: expected at most {MAX_SHARED_KV_HEADS} where rows share tiles, got {keys.num_kv_heads}"
+        )
+    if len(part.shared.segment) != len(part.rows):
+        raise ValueError(f"parts: expected shared tiles of {len(part.rows)} rows, got {len(part.shared.segment)}")
+    if not keys.logit_scale(vote_scale) > 0:
+        raise ValueError(f"vote_scale: expected more than 0 where rows share tiles, got {vote_scale}")
 
 
 def _check_probe(probe: Probe, query: torch.Tensor) -> None:

@@ -75,16 +75,27 @@ class SharedPlan:
     segment: tuple[int, ...]
 
     @classmethod
+    def empty(cls, num_rows: int) -> SharedPlan:
+        return cls((), (0,) * num_rows, (NONE,) * num_rows)
+
+    @classmethod
     def of(
         cls, segments: Sequence[SharedSegment], num_candidates: Sequence[int], *, num_sink: int, min_rows: int
     ) -> SharedPlan:
         """In whole tiles, and only where each row has candidates.
 
         Args:
-            segments: of the requests of the step, at most MAX_SEGMENTS with MAX_MEMBERS members in all.
+            segments: of the requests of the step.
             num_candidates: of each row at most; 0 for a row that does not vote.
             min_rows: rows with candidates that a segment needs, 2 at least.
+
+        Raises:
+            ValueError: more segments or members than the kernels hold.
         """
+        members = sum(len(segment.rows) for segment in segments)
+        if len(segments) > MAX_SEGMENTS or members > MAX_MEMBERS:
+            expected = f"at most {MAX_SEGMENTS} with {MAX_MEMBERS} members"
+            raise ValueError(f"segments: expected {expected}, got {len(segments)} with {members}")
         planned: list[TileSegment] = []
         tiles, last = [0] * len(num_candidates), [NONE] * len(num_candidates)
         for segment in segments:

@@ -19,20 +19,17 @@ from .rows import SelectionRows, first_own_tile_of, first_tile_of, rows_block
 from .shared_plan import SharedPrefixes
 from .shared_segment import MAX_SEGMENTS
 from .vote import finish_log_sum_exp, fold_own_tiles, fold_partials
-from .workspace import LEAST, MAX_CHUNK_QUERIES, TILE, DecodeWorkspace
+from .workspace import CHUNK_FIELDS, LEAST, TILE, DecodeWorkspace
 
 LANES = 64
 """Members of a segment, chunks or runs that a program looks at at once."""
-
-CHUNK_FIELDS = 8
-"""Numbers kept of a chunk, rounded up: those of :func:`_chunk`."""
 
 PARTIALS = 16
 """Pieces of a log-sum-exp that a program folds at once."""
 
 
 @triton.jit(
-    do_not_specialize=["num_runs"], do_not_specialize_on_alignment=["num_candidates_ptr", "req_pool_indices_ptr"]
+    do_not_specialize_on_alignment=["num_candidates_ptr", "req_pool_indices_ptr"],
 )
 def _plan_chunks_kernel(
     num_candidates_ptr,
@@ -123,22 +120,22 @@ def _chunk(chunks_ptr, chunk, FIELDS: tl.constexpr):
     """Of a chunk: its first voter, voters, the row of `req_to_token` to read by, first tile, tiles, and first unit."""
     fields_ptr = chunks_ptr + chunk * FIELDS
     return (
-        tl.load(fields_ptr),
-        tl.load(fields_ptr + 1),
-        tl.load(fields_ptr + 2),
-        tl.load(fields_ptr + 3),
-        tl.load(fields_ptr + 4),
-        tl.load(fields_ptr + 5),
+        tl.load(fields_ptr, cache_modifier=".cg"),
+        tl.load(fields_ptr + 1, cache_modifier=".cg"),
+        tl.load(fields_ptr + 2, cache_modifier=".cg"),
+        tl.load(fields_ptr + 3, cache_modifier=".cg"),
+        tl.load(fields_ptr + 4, cache_modifier=".cg"),
+        tl.load(fields_ptr + 5, cache_modifier=".cg"),
     )
 
 
 @triton.jit
 def _run(run, run_chunk_ptr, num_units_ptr):
     """The units [first, stop) of a run, and the chunk of the first one."""
-    num_units = tl.load(num_units_ptr)
-    run_units = tl.load(num_units_ptr + 1)
+    num_units = tl.load(num_units_ptr, cache_modifier=".cg")
+    run_units = tl.load(num_units_ptr + 1, cache_modifier=".cg")
     first = run * run_units
-    return first, tl.minimum(first + run_units, num_units), tl.load(run_chunk_ptr + run)
+    return first, tl.minimum(first + run_units, num_units), tl.load(run_chunk_ptr + run, cache_modifier=".cg")
 
 
 @triton.jit
@@ -176,7 +173,7 @@ def _shared_logsumexp_kernel(
     NUM_STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # What is read here was there before the launch before this one. So the two may overlap.
+    # The plan was there before the launch before this one, and nothing of that is read. So the two may overlap.
     start_next(PDL)
     # As in decode_score.py, programs of all heads walk through the same tokens at the same time.
     kv_head = tl.program_id(0) % NUM_KV_HEADS
@@ -191,7 +188,7 @@ def _shared_logsumexp_kernel(
         count = tl.minimum(stop - first, num_tiles - (first - first_unit))
         member = pairs // GROUP_BLOCK
         is_query = (member < num_voters) & (in_group < GROUP)
-        rows = tl.load(voters_ptr + first_voter + member, mask=is_query, other=0)
+        rows = tl.load(voters_ptr + first_voter + member, mask=is_query, other=0, cache_modifier=".cg")
         # [CHUNK * GROUP_BLOCK, HEAD_DIM]
         query = _load_queries(query_ptr, rows, kv_head * GROUP + in_group, is_query, stride_query_row, HEAD_DIM)
         slots_ptr = (
@@ -260,12 +257,12 @@ def _combine_kernel(
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
-    num_candidates = tl.load(num_candidates_ptr + row)
+    num_candidates = tl.load(num_candidates_ptr + row, cache_modifier=".cg")
     shared_tiles = tl.load(shared_tiles_ptr + row)
     start = first_own_tile_of(row, num_candidates_ptr, shared_tiles_ptr, ROWS, TILE)
     first_tile = first_tile_of(row, num_candidates_ptr, ROWS, TILE)
     segment = tl.load(segment_ptr + row)
-    run_units = tl.load(num_units_ptr + 1)
+    run_units = tl.load(num_units_ptr + 1, cache_modifier=".cg")
     wait_for_previous(PDL)
     start_next(PDL)
     if num_candidates > 0:
@@ -393,8 +390,8 @@ def plan_chunks(
         workspace.run_chunk,
         workspace.num_units,
         workspace.shared_arrivals,
-        workspace.shared_programs // workspace.num_kv_heads,
-        CHUNK=chunk_rows(len(shared.segment), triton.next_power_of_2(workspace.num_qo_heads // workspace.num_kv_heads)),
+        workspace.shared_runs,
+        CHUNK=workspace.chunk_rows(len(shared.segment)),
         FIELDS=CHUNK_FIELDS,
         SEGMENTS=MAX_SEGMENTS,
         LANES=LANES,
@@ -426,16 +423,19 @@ def score_shared(
         vote_scale: above 0.
     """
     num_rows, num_qo_heads, head_dim = query.shape
-    group = num_qo_heads // keys.num_kv_heads
-    group_block = triton.next_power_of_2(group)
-    chunk = chunk_rows(num_rows, group_block)
     scale = keys.logit_scale(vote_scale)
     strides = (query.stride(0), keys.pool.stride(0), keys.req_to_token.stride(0))
     work = (workspace.voters, workspace.chunks, workspace.run_chunk, workspace.num_units)
     launch = {"PDL": workspace.pdl, "launch_pdl": workspace.pdl}
-    sizes = {"CHUNK": chunk, "FIELDS": CHUNK_FIELDS, "TILE": TILE, **launch}
-    heads = {"NUM_KV_HEADS": keys.num_kv_heads, "GROUP": group, "GROUP_BLOCK": group_block, "HEAD_DIM": head_dim}
-    _shared_logsumexp_kernel[(workspace.shared_programs,)](
+    sizes = {"CHUNK": workspace.chunk_rows(num_rows), "FIELDS": CHUNK_FIELDS, "TILE": TILE, **launch}
+    heads = {
+        "NUM_KV_HEADS": keys.num_kv_heads,
+        "GROUP": num_qo_heads // keys.num_kv_heads,
+        "GROUP_BLOCK": workspace.group_block,
+        "HEAD_DIM": head_dim,
+    }
+    num_programs = workspace.shared_runs * keys.num_kv_heads
+    _shared_logsumexp_kernel[(num_programs,)](
         query,
         keys.pool,
         keys.req_to_token,
@@ -479,7 +479,7 @@ def score_shared(
         **sizes,
         num_warps=4,
     )
-    _shared_votes_kernel[(workspace.shared_programs,)](
+    _shared_votes_kernel[(num_programs,)](
         query,
         keys.pool,
         keys.req_to_token,
@@ -497,9 +497,3 @@ def score_shared(
         NUM_STAGES=5,
         num_warps=4,
     )
-
-
-def chunk_rows(num_rows: int, group_block: int) -> int:
-    """Rows that are scored against a tile at once: no more than there may be, no fewer than a dot takes."""
-    most = MAX_CHUNK_QUERIES // group_block
-    return max(min(most, triton.next_power_of_2(num_rows)), -(-16 // group_block), 1)

@@ -149,8 +149,11 @@ def _vote_kernel(
 ):
     row = tl.program_id(1)
     program = tl.program_id(0)
-    num_candidates = tl.load(num_candidates_ptr + row)
+    num_candidates = tl.load(num_candidates_ptr + row, cache_modifier=".cg")
     start = first_own_tile_of(row, num_candidates_ptr, shared_tiles_ptr, ROWS, TILE)
+    first_tile = start
+    if shared_tiles_ptr is not None:
+        first_tile = first_tile_of(row, num_candidates_ptr, ROWS, TILE)
     wait_for_previous(PDL)
     start_next(PDL)
     if num_candidates > 0:
@@ -160,7 +163,6 @@ def _vote_kernel(
         best = tl.full([TILE], -1, tl.int64)
         if shared_tiles_ptr is None:
             shared = 0
-            first_tile = start
             top, total = fold_own_tiles(
                 partial_max_ptr,
                 partial_sum_ptr,
@@ -176,7 +178,6 @@ def _vote_kernel(
             lse = finish_log_sum_exp(top, total, NUM_HEADS, HEADS_BLOCK)
         else:
             shared = tl.load(shared_tiles_ptr + row)
-            first_tile = first_tile_of(row, num_candidates_ptr, ROWS, TILE)
             lse = tl.load(lse_ptr + row * NUM_HEADS + heads, mask=heads < NUM_HEADS, other=float("inf"))
             first_score = first_tile.to(tl.int64) * TILE
             best = _add_heads(
@@ -222,10 +223,10 @@ def vote(
     shared_tiles: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> None:
-    """Sums the heads' votes to one score for each candidate that its row scored by itself, for :func:`emit`.
+    """Sums the heads' votes to one score for each candidate, for :func:`emit`.
 
     Args:
-        shared_tiles: as in :func:`score_decode`; their scores are there for each KV head, and are added up.
+        shared_tiles: as in :func:`score_decode`; the votes of each KV head's heads are summed already.
         lse: with ``shared_tiles``, [at least num_rows, num_qo_heads] float32, base 2, over all candidates of a row.
     """
     limits = workspace.limits

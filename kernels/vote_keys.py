@@ -16,7 +16,7 @@ BLOCK = 4096
 
 @triton.jit
 def vote_keys(scores, candidates, valid):
-    """Keys of scores, -1 where not valid. What is not a number ranks with infinity."""
+    """Keys of scores, -1 where not valid. What is not a number ranks first or last."""
     bits = tl.minimum(tl.maximum(scores.to(tl.int32, bitcast=True), 0), 0x7F800000).to(tl.int64)
     return tl.where(valid, (bits << 32) | (0x7FFFFFFF - candidates), -1)
 

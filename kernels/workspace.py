@@ -28,8 +28,11 @@ SCORE_PROGRAMS = 2
 SHARED_PROGRAMS = 2
 """Programs for each multiprocessor that score what rows share."""
 
-MAX_CHUNK_QUERIES = 128
-"""Queries, of all rows and heads of a group, that are scored against a tile of shared keys at once."""
+CHUNK_QUERIES = 128
+"""Queries, of all rows and heads of a group, that are scored against a tile of shared keys at once; a row at least."""
+
+CHUNK_FIELDS = 8
+"""Numbers kept of a chunk, rounded up."""
 
 MAX_SHARED_KV_HEADS = 8
 """KV heads whose scores of shared tiles the scratch holds. Rows of models with more are scored apart."""
@@ -135,10 +138,8 @@ class Workspace:
         self.pdl = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         rows, tiles = limits.max_rows, limits.num_tiles
         self.scores = torch.empty(tiles, TILE, dtype=torch.float32, device=device)
-        keys = torch.empty(2, tiles, TILE, dtype=torch.int64, device=device)
-        self.segments, self.shortlist = keys[0], keys[1]
-        # Scores of shared tiles by KV head, like the terms in bfloat16. They are added up before there are keys.
-        self.head_scores = keys.view(torch.bfloat16).view(MAX_SHARED_KV_HEADS, tiles, TILE)
+        self.keys = torch.empty(2, tiles, TILE, dtype=torch.int64, device=device)
+        self.segments, self.shortlist = self.keys[0], self.keys[1]
         self.segment_len = torch.empty(rows, MAX_RUNS, dtype=torch.int32, device=device)
         # Largest key of each group; -1 between calls.
         self.maxima = torch.full((rows, limits.num_groups), -1, dtype=torch.int64, device=device)
@@ -176,23 +177,26 @@ class DecodeWorkspace(Workspace):
         super().__init__(limits, device)
         self.num_own_tiles = triton.cdiv(own, TILE) + limits.max_rows
         self.num_qo_heads, self.num_kv_heads = num_qo_heads, num_kv_heads
-        runs = max(SCORE_PROGRAMS * self.num_multiprocessors // num_kv_heads, 1)
-        self.score_programs = runs * num_kv_heads
+        score_runs = max(SCORE_PROGRAMS * self.num_multiprocessors // num_kv_heads, 1)
+        self.score_programs = score_runs * num_kv_heads
         rows, tiles = limits.max_rows, self.num_own_tiles
         self.terms = torch.empty(tiles, num_qo_heads, TILE, dtype=torch.bfloat16, device=device)
         self.subtile_max = torch.empty(tiles, num_qo_heads, TILE // SUBTILE, dtype=torch.float32, device=device)
-        self.partial_max = torch.empty(runs + rows, num_qo_heads, dtype=torch.float32, device=device)
-        self.partial_sum = torch.empty(runs + rows, num_qo_heads, dtype=torch.float32, device=device)
+        self.partial_max = torch.empty(score_runs + rows, num_qo_heads, dtype=torch.float32, device=device)
+        self.partial_sum = torch.empty(score_runs + rows, num_qo_heads, dtype=torch.float32, device=device)
         self.partition = torch.empty(1, dtype=torch.int32, device=device)
-        # Of what rows share: who votes, and pieces of log-sum-exp, as many as the smallest chunks leave.
-        runs = max(SHARED_PROGRAMS * self.num_multiprocessors // num_kv_heads, 1)
-        self.shared_programs = runs * num_kv_heads
-        pieces = (runs + MAX_SEGMENTS) * MAX_CHUNK_QUERIES + MAX_MEMBERS
+        # Of shared tiles, by KV head, and where there are many in bfloat16, as the terms are. They take the place of
+        # the keys, of which there are none before they are added up.
+        dtype = torch.float32 if num_kv_heads <= MAX_SHARED_KV_HEADS // 2 else torch.bfloat16
+        self.head_scores = self.keys.view(dtype).view(-1, *self.scores.shape)
+        # Who votes, and pieces of log-sum-exp: chunks of c rows leave up to (shared_runs + chunks) * c.
+        self.shared_runs = max(SHARED_PROGRAMS * self.num_multiprocessors // num_kv_heads, 1)
+        pieces = (self.shared_runs + MAX_SEGMENTS) * self.chunk_rows(limits.max_rows) + MAX_MEMBERS
         self.voters = torch.empty(MAX_MEMBERS, dtype=torch.int32, device=device)
         self.num_voters = torch.empty(MAX_SEGMENTS, dtype=torch.int32, device=device)
         self.first_chunk = torch.empty(MAX_SEGMENTS, dtype=torch.int32, device=device)
-        self.chunks = torch.empty(MAX_SEGMENTS + MAX_MEMBERS, 8, dtype=torch.int32, device=device)
-        self.run_chunk = torch.empty(runs, dtype=torch.int32, device=device)
+        self.chunks = torch.empty(MAX_SEGMENTS + MAX_MEMBERS, CHUNK_FIELDS, dtype=torch.int32, device=device)
+        self.run_chunk = torch.empty(self.shared_runs, dtype=torch.int32, device=device)
         self.num_units = torch.empty(2, dtype=torch.int32, device=device)
         # As `arrivals`, of the programs that gather voters.
         self.shared_arrivals = torch.zeros(1, dtype=torch.int32, device=device)
@@ -200,6 +204,16 @@ class DecodeWorkspace(Workspace):
         self.shared_sum = torch.empty(pieces, num_qo_heads, dtype=torch.float32, device=device)
         self.lse = torch.empty(limits.max_rows, num_qo_heads, dtype=torch.float32, device=device)
         self.first_tile = torch.empty(limits.max_rows, dtype=torch.int32, device=device)
+
+    @property
+    def group_block(self) -> int:
+        """Query heads of a KV head, rounded up."""
+        return triton.next_power_of_2(self.num_qo_heads // self.num_kv_heads)
+
+    def chunk_rows(self, num_rows: int) -> int:
+        """Rows that are scored against a shared tile at once: no more than there may be, no fewer than a dot takes."""
+        most = CHUNK_QUERIES // self.group_block
+        return max(min(most, triton.next_power_of_2(num_rows)), -(-16 // self.group_block), 1)
 
     def cut_rows(self, num_candidates: Sequence[int], shared_tiles: Sequence[int] | None = None) -> list[range]:
         """The rows of a batch in as few runs of neighbours as the scratch holds one after the other, one at least.

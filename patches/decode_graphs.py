@@ -6,9 +6,9 @@ share nothing those for shared prefixes; a step with more tokens than the select
 in a graph that is too small for it; and the scheduler would believe that a replay reads `req_to_token` no more, while
 the selection reads it in every layer.
 Seams: SGLang 0.5.17 captures two graphs of a batch size where its class says `record_nolora_graph` (meant for LoRA,
-refused here), each by `capture_one_shape`, and asks `_resolve_lora_variant` which one serves a batch; `can_run_graph`;
-`execute`, after which the scheduler waits for `war_fastpath_read_done_event`, or for the whole forward if there is
-none.
+refused here), each by `capture_one_shape` after `_set_capture_lora_variant`, and asks `_resolve_lora_variant` which
+one serves a batch; `can_run_graph`; `execute`, after which the scheduler waits for `war_fastpath_read_done_event`, or
+for the whole forward if there is none.
 May go when 0.5.17 is no longer served: later versions ask the backend for variants and for the end of its reads.
 """
 

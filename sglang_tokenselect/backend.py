@@ -62,7 +62,8 @@ class TokenSelectAttnBackend(AttentionBackend):
         self.runner: Runner = create_runner(model_runner, self.config)
         self._staged: StagedRequests | None = None
         self._windows: Sequence[Window | None] = ()
-        self._prefix_groups = PrefixGroups(self.runner.min_group)
+        self._min_group = 0 if model_runner.server_args.disable_radix_cache else self.runner.min_group
+        self._prefix_groups = PrefixGroups(self._min_group)
         self._shared: tuple[SharedSegment, ...] = ()
         logger.info("TokenSelect: %s; runner: %s", self.config, type(self.runner).__name__)
 
@@ -118,7 +119,7 @@ class TokenSelectAttnBackend(AttentionBackend):
 
     def may_share(self, num_requests: int) -> bool:
         """Whether a decode step of so many requests may need a graph for steps that share."""
-        return 0 < self.runner.min_group <= num_requests
+        return 0 < self._min_group <= num_requests
 
     def fits_graph(self, seq_lens: Sequence[int]) -> bool:
         """Whether a captured graph can serve such a decode step."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from sglang_tokenselect.kernels.reference.window import Window
-from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan
+from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan, RequestPlan
 
 
 @dataclass
@@ -21,7 +21,8 @@ class Counters:
         votes: selections made for decode queries.
         reuses: decode queries that a cached selection served.
         uncached_queries: decode queries that voted because the selection cache had no entry left for them.
-        shared_queries: decode queries that selected while their request shared the scoring of a prefix with others.
+        shared_queries: decode queries that selected while their request shared a prefix with enough others that did, so
+            that it was scored once for all. On a CPU, where each is scored by itself: that would have been.
         block_votes: selections made for prefill blocks.
     """
 
@@ -35,21 +36,28 @@ class Counters:
     shared_queries: int = 0
     block_votes: int = 0
 
-    def count_decode(self, plan: ForwardPlan, window: Window) -> None:
+    def count_decode(self, plan: ForwardPlan, window: Window, min_group: int) -> None:
         """
         Args:
             window: of requests without one of their own.
+            min_group: requests that must select for what they share to be scored once.
         """
-        sharing = {row for segment in plan.shared if segment.start == 0 for row in segment.rows}
-        for row, request in enumerate(plan.requests):
+        for request in plan.requests:
             if request.req_pool_idx != PADDING_ROW:
                 attended = (request.window or window).attended_length(request.seq_len)
                 self.decode_queries += 1
                 self.cached_tokens += request.seq_len
                 self.attended_tokens += attended
-                is_dense = attended == request.seq_len
-                self.dense_queries += is_dense
-                self.shared_queries += row in sharing and not is_dense
+                self.dense_queries += attended == request.seq_len
+        for segment in plan.shared:
+            if segment.start == 0:
+                requests = [plan.requests[row] for row in segment.rows]
+                selecting = sum(_votes(request, request.window or window) for request in requests)
+                self.shared_queries += selecting if selecting >= min_group else 0
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
+
+
+def _votes(request: RequestPlan, window: Window) -> bool:
+    return request.seq_len > window.dense_len and window.budget > 0

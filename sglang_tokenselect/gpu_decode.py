@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -63,9 +64,10 @@ class GpuDecode:
         self._graph_indices = torch.empty(0, dtype=torch.int32, device=device)
         self._padding_slots = 0
         self._step: _Step | None = None
-        # What the last step shared, and what told so: most steps are like the one before, and asked about thrice.
-        self._told: tuple | None = None
-        self._shared: SharedPlan | None = None
+        # Asked several times in a step, with and without the rows that pad it, and most steps are like the one before.
+        self._plan_shared = lru_cache(maxsize=4)(
+            partial(SharedPlan.of, num_sink=config.sink, min_rows=max(config.min_group, 2))
+        )
         self._written: SharedPlan | None = None
 
     def reserve_graph_rows(self, max_rows: int, max_context_len: int) -> None:
@@ -91,12 +93,10 @@ class GpuDecode:
         """What is scored for several rows at once; None: nothing."""
         if not shared:
             return None
-        candidates = self._count_candidates(seq_lens, windows)
-        if self._told != (shared, candidates):
-            self._told = (shared, candidates)
-            plan = SharedPlan.of(shared, candidates, num_sink=self._config.sink, min_rows=self._config.min_group)
-            self._shared = plan if plan.segments else None
-        return self._shared
+        # Behind the last segment there is nothing to share; so growing requests ask for the same.
+        end = max(segment.end for segment in shared) - self._config.sink
+        plan = self._plan_shared(shared, tuple(min(n, end) for n in self._count_candidates(seq_lens, windows)))
+        return plan if plan.segments else None
 
     def _count_candidates(self, seq_lens: Sequence[int], windows: Sequence[Window]) -> list[int]:
         """Of each row, if it does not reuse a selection."""
@@ -127,10 +127,10 @@ class GpuDecode:
         Args:
             seq_lens: of each row, those that pad a graph included.
             windows: of each row.
-            shared: see ForwardPlan.shared.
-            captures_shared: the graph that is captured is for steps that share.
             cache_slots: entry of the selection cache of each row; -1: none.
             probed_layer: see Probe.layer.
+            shared: see ForwardPlan.shared.
+            captures_shared: the graph that is captured is for steps that share.
         """
         num_rows, in_graph = len(seq_lens), graph is not Graph.NONE
         rows = list(zip(seq_lens, windows, strict=True))
@@ -152,7 +152,7 @@ class GpuDecode:
         )
         if graph is Graph.CAPTURE:
             parts = (self._graph_part(num_rows, captures_shared),)
-            self._write_shared(SharedPlan.of((), [0] * num_rows, num_sink=0, min_rows=2))
+            self._write_shared(SharedPlan.empty(num_rows))
         else:
             parts = self._make_parts(self._count_candidates(seq_lens, windows), self.share(seq_lens, windows, shared))
         self._step = _Step(batch, lists, parts)

@@ -158,7 +158,7 @@ class GpuRunner(Runner):
         own = [request.window for request in plan.requests]
         self.selects = self.decode_selects(seq_lens, own) if step is None else step is not Step.EVERYTHING
         self._delegated = self.dense is not None and not self.selects
-        self.counters.count_decode(plan, self.decode_window)
+        self.counters.count_decode(plan, self.decode_window, self.min_group)
         windows = [self.decode_window_of(request) for request in plan.requests]
         # First, since entries that are lent anew are emptied.
         self._mass.measure(plan.requests)

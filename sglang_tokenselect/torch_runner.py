@@ -56,7 +56,7 @@ class TorchRunner(Runner):
         """A prefill ends what is cached for its rows, whoever had them before."""
         self._plan, self._sampled = plan, None
         if plan.is_decode:
-            self.counters.count_decode(plan, self.decode_window)
+            self.counters.count_decode(plan, self.decode_window, self.min_group)
             self._choose_sample(plan)
         else:
             for request in plan.requests:

@@ -12,6 +12,7 @@ from paged import SCORE_RTOL, DecodeStep, PagedBatch, poison
 from shared_trees import random_segments
 
 from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.kernels.select_decode import DecodePart
 from sglang_tokenselect.kernels.shared_plan import SharedPlan, SharedPrefixes, TileSegment
 from sglang_tokenselect.kernels.shared_segment import MAX_SEGMENTS, SharedSegment
 from sglang_tokenselect.kernels.workspace import TILE
@@ -201,7 +202,7 @@ def test_graph_replays_with_other_groups():
     device_memory = memory.cuda()
     step = DecodeStep(PagedBatch([longest] * 8, max_len=longest), WINDOW, theta=2.0)
     step.run()
-    step.parts[0] = type(step.parts[0])(range(8), SharedPrefixes.view(device_memory, 8))
+    step.parts[0] = DecodePart(range(8), SharedPrefixes.view(device_memory, 8))
     step.launch()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -227,3 +228,49 @@ def test_graph_replays_with_other_groups():
         graph.replay()
         for row, positions in enumerate(step.positions()):
             step.check(row, positions)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: programmatic dependent launch")
+def test_overlapping_launches_change_nothing():
+    """Layers one after the other, in graphs, while who votes changes: bit for bit as without overlap."""
+    found = {pdl: walk_layers(pdl) for pdl in (False, True)}
+    for step, (one, other) in enumerate(zip(found[False], found[True], strict=True)):
+        assert one.equal(other), f"step {step}"
+
+
+def walk_layers(pdl: bool, num_steps: int = 300) -> list[torch.Tensor]:
+    """The slots that three layers chose in each step."""
+    paged = [PagedBatch([n + num_steps for n in LENGTHS], shared=TREE, seed=seed) for seed in range(3)]
+    layers = [DecodeStep(batch, WINDOW, shared=TREE, theta=-1.0) for batch in paged]
+    layers[0].workspace.pdl = pdl
+    for layer in layers:
+        layer.batch.seq_lens.copy_(torch.tensor(LENGTHS))
+        layer.workspace, layer.rows = layers[0].workspace, layers[0].rows
+        layer.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            layer.launch()
+    choose, found = random.Random(0), []
+    for _ in range(num_steps):
+        for layer in layers:
+            layer.batch.seq_lens.add_(1)
+            layer.cache.seq_len[choose.sample(range(len(LENGTHS)), k=choose.randint(0, len(LENGTHS)))] = 0
+            layer.kv_indices.fill_(-7)
+        graph.replay()
+        found.append(torch.cat([layer.kv_indices for layer in layers]))
+    return found
+
+
+def test_errors_name_what_they_expected():
+    step = DecodeStep(PagedBatch(LENGTHS, heads=(9, 9), shared=TREE), WINDOW, shared=TREE)
+    with pytest.raises(ValueError, match="num_kv_heads: expected at most 8 where rows share tiles, got 9"):
+        step.run()
+    step = DecodeStep(PagedBatch(LENGTHS, shared=TREE), WINDOW, shared=TREE, vote_scale=-1.0)
+    with pytest.raises(ValueError, match="vote_scale: expected more than 0 where rows share tiles, got -1.0"):
+        step.run()
+    step.parts = [DecodePart(range(2), step.parts[0].shared)]
+    with pytest.raises(ValueError, match="parts: expected shared tiles of 2 rows, got 6"):
+        step.launch()
+    with pytest.raises(ValueError, match="segments: expected at most 64 with 2048 members, got 65 with 130"):
+        SharedPlan.of([SharedSegment((0, 1), 0, 200)] * 65, [300, 300], num_sink=5, min_rows=2)

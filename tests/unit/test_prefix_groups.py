@@ -327,9 +327,10 @@ def test_queries_that_share_are_counted():
     requests = tuple(RequestPlan(row, length, row, 1) for row, length in lengths)
     shared = (SharedSegment((0, 1, 2), 0, 2048), SharedSegment((0, 2), 2048, 4096))
     counters = Counters()
-    counters.count_decode(ForwardPlan(True, requests, shared), config.window)
+    counters.count_decode(ForwardPlan(True, requests, shared), config.window, 2)
     assert (counters.decode_queries, counters.dense_queries, counters.shared_queries) == (5, 2, 2)
-    counters.count_decode(ForwardPlan(True, requests), config.window)
+    counters.count_decode(ForwardPlan(True, requests), config.window, 2)
+    counters.count_decode(ForwardPlan(True, requests, shared), config.window, 3)  # of which only two select
     assert counters.shared_queries == 2
 
 
