@@ -22,7 +22,7 @@ CHUNK = 8_192
 BLOCK = 128
 SUB_BLOCKS = (16, 32, 64, 128)
 BRANCHES = Shape(32, 65_536 + CHUNK // 32, shared=65_536)
-SHAPES = [Shape(1, 32_768), Shape(1, 131_072), Shape(1, 262_144), Shape(1, 131_072, 28, 4), BRANCHES]
+SHAPES = [Shape(1, 32_768), Shape(1, 131_072), Shape(1, 262_144), Shape(1, 131_072, 28, 4)]
 DENSE_REPEATS = 5  # up to 0.1 s each
 
 

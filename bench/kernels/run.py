@@ -28,6 +28,7 @@ def main(path: str, sections: list[str]) -> None:
     ]
     jobs += [("shared", shape, shared.measure) for shape in shared.SHAPES]
     jobs += [("prefill", shape, prefill.measure) for shape in prefill.SHAPES]
+    jobs += [("branches", prefill.BRANCHES, prefill.measure)]
     jobs += [("topk", shape, topk.measure) for shape in topk.SHAPES]
     jobs += [("positions", shape, positions.measure) for shape in positions.SHAPES]
     jobs += [("mass", shape, mass.measure) for shape in mass.SHAPES]
