@@ -63,7 +63,7 @@ class TokenSelectAttnBackend(AttentionBackend):
         self._staged: StagedRequests | None = None
         self._windows: Sequence[Window | None] = ()
         self._min_group = 0 if model_runner.server_args.disable_radix_cache else self.runner.min_group
-        self._prefix_groups = PrefixGroups(self._min_group)
+        self._prefix_groups = PrefixGroups(self._min_group, self.config.min_shared)
         self._shared: tuple[SharedSegment, ...] = ()
         logger.info("TokenSelect: %s; runner: %s", self.config, type(self.runner).__name__)
 

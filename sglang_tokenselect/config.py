@@ -66,6 +66,12 @@ class TokenSelectConfig:
         "requests that share a long prefix and are at least so many have it scored once for all; 0 never",
         minimum=0,
     )
+    min_shared: int = _option(
+        65536,
+        "tokens that this must save, of each shared part as many as it has, times its requests less two; below, each "
+        "request scores its prefix by itself",
+        minimum=0,
+    )
     dense_layers: tuple[int, ...] = _option((), "layers that attend to everything, such as 0,1,30-31")
     vote_scale: float = _option(1.0, "factor of the logits in the vote (not in the attention)", above=0.0)
     max_budget: int | None = _option(

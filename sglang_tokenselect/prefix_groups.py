@@ -32,10 +32,11 @@ class PrefixGroups:
 
     Args:
         min_requests: as many as must share a part of their prefixes; 0 never, else 2 at least.
+        min_saved: tokens that a forward must save, see :func:`saved_tokens`.
     """
 
-    def __init__(self, min_requests: int) -> None:
-        self._min_requests = min_requests
+    def __init__(self, min_requests: int, min_saved: int = 0) -> None:
+        self._min_requests, self._min_saved = min_requests, min_saved
         self._tree_cache: Any = None
         self._reader: NodeTree | IdTree | None = None
         self._known: dict[NodeIds, Segments] = {}
@@ -58,10 +59,16 @@ class PrefixGroups:
         ids = self._reader.ids(reqs)
         if (segments := self._known.pop(ids, None)) is None:
             segments = limited(shared_segments(ids, self._reader.links(reqs), self._min_requests))
+            segments = segments if saved_tokens(segments) >= self._min_saved else ()
             if len(self._known) == REMEMBERED:
                 del self._known[next(iter(self._known))]
         self._known[ids] = segments  # the last one of the dict was used last
         return segments
+
+
+def saved_tokens(segments: Segments) -> int:
+    """Readings of a token's keys that sharing saves in a layer: two serve all requests of a segment."""
+    return sum((len(segment.rows) - 2) * (segment.end - segment.start) for segment in segments)
 
 
 @dataclass(slots=True)

@@ -213,7 +213,7 @@ def needles(request):
 
 NEEDLES = {
     "compact": ("--chunked-prefill-size", "512", *CROWDED),
-    "absolute": ("--tokenselect-positions", "absolute", "--tokenselect-min-len", "0"),
+    "absolute": ("--tokenselect-positions", "absolute", "--tokenselect-min-len", "0", "--tokenselect-min-shared", "0"),
 }
 
 

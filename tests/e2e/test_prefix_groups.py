@@ -14,7 +14,8 @@ from traffic import RETRACT, SPARSE, TOKEN_SERVER, Aborts, Request, generate
 from sglang_tokenselect.server_process import ServerProcess
 
 FLAGS = (
-    *(*TOKEN_SERVER, *SPARSE, "--tokenselect-min-group", "2", "--tokenselect-block", "128"),
+    *(*TOKEN_SERVER, *SPARSE, "--tokenselect-block", "128"),
+    *("--tokenselect-min-group", "2", "--tokenselect-min-shared", "0"),
     # The prompts have 15,000 tokens that differ, so the tree has to evict.
     *("--chunked-prefill-size", "1024", "--max-total-tokens", "9000", "--max-running-requests", "6"),
 )

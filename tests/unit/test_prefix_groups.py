@@ -27,7 +27,7 @@ from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.counters import Counters
 from sglang_tokenselect.kernels.shared_segment import MAX_MEMBERS, MAX_SEGMENTS, SharedSegment
 from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan, RequestPlan
-from sglang_tokenselect.prefix_groups import PrefixGroups, limited
+from sglang_tokenselect.prefix_groups import PrefixGroups, limited, saved_tokens
 from sglang_tokenselect.radix_chains import Links, add_chain
 
 CORES = ("rust", "python") if importlib.util.find_spec("sglang.srt.mem_cache.rust_tree_core") else (None,)
@@ -318,6 +318,15 @@ def test_an_unknown_tree_is_told_once(caplog):
     for _ in range(3):
         assert groups.find(holders(object(), object()), tree) == ()
     assert caplog.text.count("SimpleNamespace is not a radix tree known here") == 1
+
+
+def test_what_sharing_does_not_pay_for_is_not_shared():
+    """Four requests that share 3,072 tokens, of which two readings stay."""
+    traffic = published(TREES[0], [prompt([3] * 5)] * 4)
+    assert PrefixGroups(2, 2 * 3072).find(traffic.reqs, traffic.tree) == (SharedSegment((0, 1, 2, 3), 0, 3072),)
+    assert PrefixGroups(2, 2 * 3072 + 1).find(traffic.reqs, traffic.tree) == ()
+    segments = (SharedSegment((0, 1, 2), 0, 4096), SharedSegment((0, 2), 4096, 9000))
+    assert saved_tokens(segments) == 4096
 
 
 def test_queries_that_share_are_counted():
