@@ -10,18 +10,14 @@ from itertools import accumulate
 import torch
 
 from .shared_segment import MAX_MEMBERS, MAX_SEGMENTS, SharedSegment
-from .transfer import ALIGNMENT, int32
+from .transfer import aligned, int32
 from .workspace import TILE
 
 NONE = -1
 
 
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
 _SIZES = (MAX_MEMBERS, MAX_SEGMENTS + 1, 2 * MAX_SEGMENTS, MAX_SEGMENTS)
-_STARTS = (0, *accumulate(map(_padded, _SIZES)))
+_STARTS = (0, *accumulate(map(aligned, _SIZES)))
 
 
 @dataclass(frozen=True)
@@ -49,11 +45,11 @@ class SharedPrefixes:
         """Views of [>= :meth:`count_ints`] int32, so that one copy moves all."""
         fixed = (memory[start : start + size] for start, size in zip(_STARTS, _SIZES, strict=False))
         rows = memory[_STARTS[-1] :]
-        return cls(*fixed, shared_tiles=rows[:num_rows], segment=rows[_padded(num_rows) :][:num_rows])
+        return cls(*fixed, shared_tiles=rows[:num_rows], segment=rows[aligned(num_rows) :][:num_rows])
 
     @staticmethod
     def count_ints(num_rows: int) -> int:
-        return _STARTS[-1] + 2 * _padded(num_rows)
+        return _STARTS[-1] + 2 * aligned(num_rows)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,11 @@ ALIGNMENT = 4
 """Tensors packed into one begin at multiples of 16 bytes: Triton compiles a kernel anew for other alignments."""
 
 
+def aligned(count: int) -> int:
+    """At least so many numbers, so that what is packed behind them is aligned."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
 def pinned(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """``tensor`` as a copy to the device should have it: one from pageable memory would wait for the stream."""
     return tensor.pin_memory() if torch.device(device).type == "cuda" else tensor

@@ -23,7 +23,7 @@ from sglang_tokenselect.kernels.select_decode import DecodePart, select_decode
 from sglang_tokenselect.kernels.selection_cache import DecodeBatch, Probe
 from sglang_tokenselect.kernels.shared_plan import SharedPlan, SharedPrefixes
 from sglang_tokenselect.kernels.shared_segment import SharedSegment
-from sglang_tokenselect.kernels.transfer import ALIGNMENT, int32, pinned, to_device
+from sglang_tokenselect.kernels.transfer import aligned, int32, pinned, to_device
 from sglang_tokenselect.runner import Graph, LayerInput
 from sglang_tokenselect.slot_lists import SlotLists
 
@@ -236,7 +236,7 @@ class GpuDecode:
             the probed layer.
         """
         num_rows = len(budgets)
-        section = -(-max(num_rows + 1, 3) // ALIGNMENT) * ALIGNMENT
+        section = aligned(max(num_rows + 1, 3))
         host = torch.zeros(STEP_SECTIONS, section, dtype=torch.int32)
         host[0, : num_rows + 1] = kv_indptr
         host[1, :num_rows] = int32(budgets)

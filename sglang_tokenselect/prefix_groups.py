@@ -32,10 +32,10 @@ class PrefixGroups:
 
     Args:
         min_requests: as many as must share a part of their prefixes; 0 never, else 2 at least.
-        min_saved: tokens that a forward must save, see :func:`saved_tokens`.
+        min_saved: tokens that all segments of a forward must save, see :func:`saved_tokens`.
     """
 
-    def __init__(self, min_requests: int, min_saved: int = 0) -> None:
+    def __init__(self, min_requests: int, min_saved: int) -> None:
         self._min_requests, self._min_saved = min_requests, min_saved
         self._tree_cache: Any = None
         self._reader: NodeTree | IdTree | None = None
@@ -59,16 +59,16 @@ class PrefixGroups:
         ids = self._reader.ids(reqs)
         if (segments := self._known.pop(ids, None)) is None:
             segments = limited(shared_segments(ids, self._reader.links(reqs), self._min_requests))
-            segments = segments if saved_tokens(segments) >= self._min_saved else ()
+            segments = segments if sum(map(saved_tokens, segments)) >= self._min_saved else ()
             if len(self._known) == REMEMBERED:
                 del self._known[next(iter(self._known))]
         self._known[ids] = segments  # the last one of the dict was used last
         return segments
 
 
-def saved_tokens(segments: Segments) -> int:
-    """Readings of a token's keys that sharing saves in a layer: two serve all requests of a segment."""
-    return sum((len(segment.rows) - 2) * (segment.end - segment.start) for segment in segments)
+def saved_tokens(segment: SharedSegment) -> int:
+    """Readings of a token's keys that sharing saves in a layer of decode: two serve all requests of a segment."""
+    return (len(segment.rows) - 2) * (segment.end - segment.start)
 
 
 @dataclass(slots=True)
@@ -139,7 +139,7 @@ def limited(segments: list[SharedSegment]) -> Segments:
         return tuple(segments)
     before = _indices_before(segments)
     num_after = Counter(before)
-    last = [(_tokens_saved(segments[i]), i) for i in range(len(segments)) if not num_after[i]]
+    last = [(saved_tokens(segments[i]), i) for i in range(len(segments)) if not num_after[i]]
     heapq.heapify(last)
     dropped = set()
     while num_segments > MAX_SEGMENTS or num_members > MAX_MEMBERS:
@@ -149,7 +149,7 @@ def limited(segments: list[SharedSegment]) -> Segments:
         if (parent := before[index]) is not None:
             num_after[parent] -= 1
             if not num_after[parent]:
-                heapq.heappush(last, (_tokens_saved(segments[parent]), parent))
+                heapq.heappush(last, (saved_tokens(segments[parent]), parent))
     return tuple(segment for index, segment in enumerate(segments) if index not in dropped)
 
 
@@ -161,7 +161,3 @@ def _indices_before(segments: list[SharedSegment]) -> list[int | None]:
         before.append(last_of_row.get(segment.rows[0]))
         last_of_row.update(dict.fromkeys(segment.rows, index))
     return before
-
-
-def _tokens_saved(segment: SharedSegment) -> int:
-    return (len(segment.rows) - 1) * (segment.end - segment.start)

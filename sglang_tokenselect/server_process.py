@@ -118,9 +118,13 @@ class ServerProcess:
         with urllib.request.urlopen(request, timeout=timeout) as response:
             return response.read().decode()
 
+    def report(self) -> dict[str, Any]:
+        """TokenSelect's part of `/server_info`."""
+        return self.get("/server_info")["internal_states"][0]["tokenselect"]
+
     def counters(self) -> dict[str, int]:
         """TokenSelect's counters so far (see counters.Counters)."""
-        return self.get("/server_info")["internal_states"][0]["tokenselect"]["counters"]
+        return self.report()["counters"]
 
     def _is_ready(self) -> bool:
         try:

@@ -11,8 +11,6 @@ from bench.load.run import shares
 from bench.result_file import spread
 from bench.serve.gaps import Gaps, all_gaps, common_gaps
 
-SHARED = "shared_queries"  # a counter that not every version has
-
 COLUMNS = (
     *("requests", "failed", "prompt_tokens", "seconds"),
     *("ttft_p50_s", "ttft_p20_s", "ttft_p80_s", "itl_p50_ms", "itl_p20_ms", "itl_p80_ms"),
@@ -60,9 +58,8 @@ def counted_row(before: Mapping[str, int], after: Mapping[str, int]) -> Row:
     if not after:
         return {}
     since = {name: after[name] - before[name] for name in after}
-    row, shared = shares(since), since.get(SHARED)
-    is_known = shared is not None and since["decode_queries"]
-    return {**row, "shared_ratio": round(shared / since["decode_queries"], 4) if is_known else ""}
+    queries = since["decode_queries"]
+    return {**shares(since), "shared_ratio": round(since["shared_queries"] / queries, 4) if queries else ""}
 
 
 def _spread(name: str, unit: str, values: Sequence[float]) -> Row:

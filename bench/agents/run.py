@@ -99,7 +99,7 @@ class Steered:
             time.sleep(0.05)
 
     def _level(self) -> int:
-        return self.server.get("/server_info")["internal_states"][0]["tokenselect"]["effort"]["level"]
+        return self.server.report()["effort"]["level"]
 
 
 class Traffic:

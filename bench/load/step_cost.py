@@ -93,9 +93,9 @@ def measure_loop(config: TokenSelectConfig, reqs: list[Any]) -> list[float]:
 
 
 def measure_staging(config: TokenSelectConfig, reqs: list[Any]) -> tuple[list[float], list[float]]:
-    """Microseconds of the hook that tells the backend of a forward's requests, and of one choice between two graphs."""
+    """Microseconds of the hook that tells the backend of a forward's requests, and of one choice between graphs."""
     backend = TokenSelectAttnBackend.__new__(TokenSelectAttnBackend)
-    backend.config, backend.runner, backend._prefix_groups = config, Runner(config), PrefixGroups(0)
+    backend.config, backend.runner, backend._prefix_groups = config, Runner(config), PrefixGroups(0, 0)
     model_runner = SimpleNamespace(attn_backend=backend)
     batch = SimpleNamespace(reqs=reqs, req_pool_indices_cpu=torch.arange(1, len(reqs) + 1), tree_cache=None)
     seq_lens = [1000] * len(reqs)
@@ -105,7 +105,7 @@ def measure_staging(config: TokenSelectConfig, reqs: list[Any]) -> tuple[list[fl
 
 def measure_groups(num_requests: int, num_nodes: int) -> tuple[list[float], list[float]]:
     """Microseconds of a search for the batch of the step before, and for one that is not known."""
-    tree, groups = radix_tree(), PrefixGroups(4)
+    tree, groups = radix_tree(), PrefixGroups(4, 0)
     reqs = [SimpleNamespace(last_node=grow_chain(tree, number, num_nodes)) for number in range(num_requests)]
     batches = iter([reqs[n:] + reqs[:n] for n in range(REMEMBERED + 1)] * ROUNDS * JOINS)  # none is known any more
     groups.find(reqs, tree)

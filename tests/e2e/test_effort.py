@@ -240,7 +240,7 @@ def test_the_effort_follows_the_load(sparse_server):
     assert (attended - queries * (16 + 24 + 32)) / 24 in (1, 2)
     queries, attended = read(lambda: ask_with(sparse_server, request, {"tokenselect": {"budget": 40}}))
     assert attended == queries * (16 + 40 + 32)
-    wait_for(lambda: sparse_server.get("/server_info")["internal_states"][0]["tokenselect"]["effort"]["level"] == 0)
+    wait_for(lambda: sparse_server.report()["effort"]["level"] == 0)
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())

@@ -43,7 +43,7 @@ def test_sglang_serve(llama):
     """With flags; other users' custom_params pass."""
     launcher = (str(COMMANDS / "sglang"), "serve")
     with ServerProcess(llama, *TOKEN_SERVER, "--tokenselect-budget", "77", launcher=launcher) as server:
-        assert server.get("/server_info")["internal_states"][0]["tokenselect"]["config"]["budget"] == 77
+        assert server.report()["config"]["budget"] == 77
         other = {"max_new_tokens": 2, "custom_params": {"anything": 1}}
         assert server.post("/generate", {"input_ids": [5, 6, 7], "sampling_params": other})["output_ids"]
         assert len(ask(server, Request([5, 6, 7], 3))) == 3

@@ -68,3 +68,11 @@ def test_nothing_is_shared_without_a_tree(llama, tmp_path):
     assert counters["decode_queries"] > 0 and counters["shared_queries"] == 0
     assert not (tmp_path / "log").exists()
     assert "not a radix tree" not in log
+
+
+def test_nothing_is_shared_that_saves_too_little(llama):
+    """By default 65,536 tokens, and these requests have fewer in all."""
+    with ServerProcess(llama, *FLAGS, "--tokenselect-min-shared", "65536") as server:
+        generate(server, REQUESTS[:6], concurrency=6)
+        counters = server.counters()
+    assert counters["decode_queries"] > 0 and counters["shared_queries"] == 0

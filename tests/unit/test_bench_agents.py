@@ -171,10 +171,10 @@ class FakeServer:
     def counters(self):
         self._readings += 1
         counted = {"votes": 1, "reuses": 3, "attended_tokens": 1, "cached_tokens": 4, "decode_queries": 2}
-        return {name: count * self._readings for name, count in {**counted, measures.SHARED: 1}.items()}
+        return {name: count * self._readings for name, count in {**counted, "shared_queries": 1}.items()}
 
-    def get(self, path):
-        return {"internal_states": [{"tokenselect": {"effort": {"level": self.level}}}]}
+    def report(self):
+        return {"effort": {"level": self.level}}
 
 
 def common(first, second):
@@ -294,17 +294,22 @@ def test_requests_that_failed_are_counted_and_noted():
         measures.turn_row([RuntimeError("refused")], together=False)
 
 
-BEFORE = {"votes": 5, "reuses": 5, "attended_tokens": 0, "cached_tokens": 0, "decode_queries": 10, "block_votes": 9}
-AFTER = {"votes": 30, "reuses": 80, "attended_tokens": 3, "cached_tokens": 12, "decode_queries": 30, "block_votes": 9}
+BEFORE = {"votes": 5, "reuses": 5, "attended_tokens": 0, "cached_tokens": 0, "decode_queries": 10, "shared_queries": 4}
+AFTER = {
+    "votes": 30,
+    "reuses": 80,
+    "attended_tokens": 3,
+    "cached_tokens": 12,
+    "decode_queries": 30,
+    "shared_queries": 19,
+}
 
 
 def test_ratios_are_of_what_was_counted_in_the_turn():
     row = measures.counted_row(BEFORE, AFTER)
     assert (row["votes"], row["reuses"], row["hit_ratio"], row["attended_share"]) == (25, 75, 0.75, 0.25)
-    assert (row["decode_queries"], row["shared_ratio"]) == (20, "")
-    shared = measures.counted_row({**BEFORE, measures.SHARED: 4}, {**AFTER, measures.SHARED: 19})
-    assert shared["shared_ratio"] == 0.75
-    idle = measures.counted_row({**AFTER, measures.SHARED: 4}, {**AFTER, measures.SHARED: 4})
+    assert (row["decode_queries"], row["shared_ratio"]) == (20, 0.75)
+    idle = measures.counted_row(AFTER, AFTER)
     assert (idle["hit_ratio"], idle["shared_ratio"]) == ("", "")
     assert measures.counted_row({}, {}) == {}
 
@@ -447,7 +452,7 @@ def test_the_table_has_a_line_for_each_turn_and_server(tmp_path, capsys):
     report = Report(tmp_path / "out.csv", {"gpu": "none"}, measures.COLUMNS)
     turn = measures.turn_row([reply(0.0, [0.5 + 0.01 * i for i in range(40)], cached_tokens=98)], together=True)
     turn |= {"itl_p20_ms": 9.0, "itl_p80_ms": 12.0, "ttft_p20_s": 0.25, "ttft_p80_s": 0.75}
-    counted = measures.counted_row({**BEFORE, measures.SHARED: 4}, {**AFTER, measures.SHARED: 19})
+    counted = measures.counted_row(BEFORE, AFTER)
 
     def fail():
         raise RuntimeError("no server")

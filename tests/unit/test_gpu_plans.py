@@ -116,7 +116,7 @@ def test_own_windows_are_known_before_and_after_a_forward_is_planned():
     backend.config = TokenSelectConfig(min_len=100, budget=5, sink=2, local=3)
     backend.runner = TorchRunner(backend.config, torch.zeros(9, 400, dtype=torch.int32), {})
     backend._staged, backend._windows, backend._shared = None, (), ()
-    backend._prefix_groups = PrefixGroups(backend.config.min_group)
+    backend._prefix_groups = PrefixGroups(backend.config.min_group, 0)
     dense = SimpleNamespace(
         sampling_params=SimpleNamespace(custom_params={"tokenselect": {"dense": True}}),
         extra_key="|tokenselect:dense",
@@ -137,7 +137,7 @@ def test_own_windows_are_known_before_and_after_a_forward_is_planned():
 def test_options_that_nobody_checked_are_not_followed(caplog):
     backend = TokenSelectAttnBackend.__new__(TokenSelectAttnBackend)
     backend.config = TokenSelectConfig()
-    backend._prefix_groups = PrefixGroups(0)
+    backend._prefix_groups = PrefixGroups(0, 0)
     for custom_params, extra_key in (({"dense": True}, None), ({"dense": 5}, "|tokenselect:dense")):
         sampling = SimpleNamespace(custom_params={"tokenselect": custom_params})
         backend.stage_requests([4], [SimpleNamespace(sampling_params=sampling, extra_key=extra_key, rid="7")], None)

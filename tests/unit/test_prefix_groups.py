@@ -27,7 +27,7 @@ from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.counters import Counters
 from sglang_tokenselect.kernels.shared_segment import MAX_MEMBERS, MAX_SEGMENTS, SharedSegment
 from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan, RequestPlan
-from sglang_tokenselect.prefix_groups import PrefixGroups, limited, saved_tokens
+from sglang_tokenselect.prefix_groups import PrefixGroups, limited
 from sglang_tokenselect.radix_chains import Links, add_chain
 
 CORES = ("rust", "python") if importlib.util.find_spec("sglang.srt.mem_cache.rust_tree_core") else (None,)
@@ -131,13 +131,13 @@ OPERATIONS = st.sampled_from(["serve", "serve", "serve", "join", "publish", "loo
     st.sampled_from([2, 3]),
 )
 def test_groups_are_those_of_equal_slots_whatever_happened_before(kind, steps, min_requests):
-    traffic, groups = Traffic(kind), PrefixGroups(min_requests)
+    traffic, groups = Traffic(kind), PrefixGroups(min_requests, 0)
     for step in steps:
         traffic.step(*step)
         found = groups.find(traffic.reqs, traffic.tree)
         assert set(found) == expected_segments([req.slots for req in traffic.reqs], min_requests)
         assert_nested(found)
-        assert found == PrefixGroups(min_requests).find(traffic.reqs, traffic.tree)
+        assert found == PrefixGroups(min_requests, 0).find(traffic.reqs, traffic.tree)
 
 
 def published(kind, prompts):
@@ -153,26 +153,28 @@ def test_a_tree_of_requests(kind):
     """A prefix of 5 units for all; two forks behind it, one of them too short to tell."""
     stem = prompt([3] * 5)
     traffic = published(kind, [stem + prompt([4, 4]), stem + prompt([5]), stem + prompt([4, 4]), stem + prompt([5])])
-    assert PrefixGroups(2).find(traffic.reqs, traffic.tree) == (
+    assert PrefixGroups(2, 0).find(traffic.reqs, traffic.tree) == (
         SharedSegment((0, 1, 2, 3), 0, 3072),
         SharedSegment((0, 2), 3072, 4096),
     )
-    assert PrefixGroups(3).find(traffic.reqs, traffic.tree) == (SharedSegment((0, 1, 2, 3), 0, 3072),)
-    assert PrefixGroups(5).find(traffic.reqs, traffic.tree) == PrefixGroups(0).find(traffic.reqs, traffic.tree) == ()
+    assert PrefixGroups(3, 0).find(traffic.reqs, traffic.tree) == (SharedSegment((0, 1, 2, 3), 0, 3072),)
+    assert (
+        PrefixGroups(5, 0).find(traffic.reqs, traffic.tree) == PrefixGroups(0, 0).find(traffic.reqs, traffic.tree) == ()
+    )
 
 
 @pytest.mark.parametrize("kind", TREES)
 def test_a_system_prompt_that_is_too_short_does_not_hide_what_is_longer(kind):
     short = prompt([3, 3])
     traffic = published(kind, [short + prompt([symbol] * 3) for symbol in (4, 5, 4, 5)])
-    found = PrefixGroups(2).find(traffic.reqs, traffic.tree)
+    found = PrefixGroups(2, 0).find(traffic.reqs, traffic.tree)
     assert set(found) == {SharedSegment((0, 2), 0, 3072), SharedSegment((1, 3), 0, 3072)}
 
 
 @pytest.mark.parametrize("kind", TREES)
 def test_nothing_is_read_while_the_nodes_stay(kind):
     """Not even when steps of decode alternate with the forwards of others."""
-    traffic, groups = published(kind, [prompt([3] * 5)] * 4), PrefixGroups(2)
+    traffic, groups = published(kind, [prompt([3] * 5)] * 4), PrefixGroups(2, 0)
     decode, extend = traffic.reqs, traffic.reqs[:2]
     found = [groups.find(reqs, traffic.tree) for reqs in (decode, extend)]
     assert [len(segments) for segments in found] == [1, 1]
@@ -184,14 +186,14 @@ def test_nothing_is_read_while_the_nodes_stay(kind):
 
 
 def test_the_same_nodes_in_another_order_are_other_rows():
-    traffic, groups = published(TREES[0], [prompt([3] * 5), prompt([3] * 5), prompt([4] * 5)]), PrefixGroups(2)
+    traffic, groups = published(TREES[0], [prompt([3] * 5), prompt([3] * 5), prompt([4] * 5)]), PrefixGroups(2, 0)
     for rows, order in (((0, 1), [0, 1, 2]), ((1, 2), [2, 0, 1]), ((0, 2), [0, 2, 1])):
         [segment] = groups.find([traffic.reqs[index] for index in order], traffic.tree)
         assert segment.rows == rows
 
 
 def test_no_more_than_a_few_answers_are_kept():
-    traffic, groups = published(TREES[0], [prompt([3] * 5)] * 6), PrefixGroups(2)
+    traffic, groups = published(TREES[0], [prompt([3] * 5)] * 6), PrefixGroups(2, 0)
     for count in (2, 3, 4, 5, 6):
         groups.find(traffic.reqs[:count], traffic.tree)
     assert len(groups._known) == prefix_groups.REMEMBERED
@@ -234,7 +236,7 @@ def holders(*nodes):
 
 def test_ids_that_begin_anew_are_other_nodes():
     """As after a flush of HiRadixCache, whose nodes then count from 0 again."""
-    tree, groups = SimpleNamespace(root_node=Node(0, None, 0)), PrefixGroups(2)
+    tree, groups = SimpleNamespace(root_node=Node(0, None, 0)), PrefixGroups(2, 0)
     for length in (2048, 4096):
         tree.root_node = Node(0, None, 0)
         node = Node(1, tree.root_node, length)
@@ -243,7 +245,7 @@ def test_ids_that_begin_anew_are_other_nodes():
 
 @pytest.mark.parametrize("kind", TREES)
 def test_a_flushed_tree_is_read_anew(kind):
-    traffic, groups = published(kind, [prompt([3] * 5)] * 2), PrefixGroups(2)
+    traffic, groups = published(kind, [prompt([3] * 5)] * 2), PrefixGroups(2, 0)
     [before] = groups.find(traffic.reqs, traffic.tree)
     traffic.tree.reset()
     traffic.reqs.clear()
@@ -258,7 +260,7 @@ def test_too_many_segments_lose_those_that_save_least():
     """Pairs of one prompt each, the later ones longer."""
     tree = SimpleNamespace(root_node=Node(0, None, 0))
     pairs = [Node(1 + n, tree.root_node, 2048 + 1024 * n) for n in range(MAX_SEGMENTS + 6)]
-    found = PrefixGroups(2).find(holders(*pairs, *pairs), tree)
+    found = PrefixGroups(2, 0).find(holders(*pairs, *pairs), tree)
     assert len(found) == MAX_SEGMENTS
     assert min(segment.end for segment in found) == 2048 + 1024 * 6
 
@@ -289,7 +291,7 @@ def test_limits_leave_no_holes(tree_shape, data):
         nodes.append(Node(len(nodes), nodes[parent % len(nodes)], length))
     held = data.draw(st.lists(st.sampled_from(nodes), min_size=2, max_size=700))
     with mock.patch.object(prefix_groups, "MAX_SEGMENTS", 5), mock.patch.object(prefix_groups, "MAX_MEMBERS", 100):
-        found = PrefixGroups(2).find(holders(*held), SimpleNamespace(root_node=root))
+        found = PrefixGroups(2, 0).find(holders(*held), SimpleNamespace(root_node=root))
     assert_nested(found)
     assert len(found) <= 5 and sum(len(segment.rows) for segment in found) <= 100
 
@@ -299,22 +301,22 @@ def test_requests_without_a_node_share_nothing(kind):
     traffic = published(kind, [prompt([3] * 5)] * 4)
     traffic.step("retract", [], 1)
     traffic.reqs[2].last_node = object()  # of a streaming session
-    assert PrefixGroups(2).find(traffic.reqs, traffic.tree) == (SharedSegment((0, 3), 0, 3072),)
+    assert PrefixGroups(2, 0).find(traffic.reqs, traffic.tree) == (SharedSegment((0, 3), 0, 3072),)
 
 
 def test_caches_that_share_nothing(caplog):
     reqs = holders(None, None)
     caches = [None, SimpleNamespace(disable=True), *(make_tree(kind, disable=True) for kind in TREES)]
-    assert [PrefixGroups(2).find(reqs, cache) for cache in caches] == [()] * len(caches)
+    assert [PrefixGroups(2, 0).find(reqs, cache) for cache in caches] == [()] * len(caches)
     if importlib.util.find_spec("sglang.srt.mem_cache.chunk_cache"):  # SGLang 0.5.17
         from sglang.srt.mem_cache.chunk_cache import ChunkCache
 
-        assert PrefixGroups(2).find(reqs, ChunkCache(CacheInitParams(True, None, None, page_size=1))) == ()
+        assert PrefixGroups(2, 0).find(reqs, ChunkCache(CacheInitParams(True, None, None, page_size=1))) == ()
     assert not [record for record in caplog.records if "TokenSelect" in record.message]
 
 
 def test_an_unknown_tree_is_told_once(caplog):
-    groups, tree = PrefixGroups(2), SimpleNamespace(root_node=object())
+    groups, tree = PrefixGroups(2, 0), SimpleNamespace(root_node=object())
     for _ in range(3):
         assert groups.find(holders(object(), object()), tree) == ()
     assert caplog.text.count("SimpleNamespace is not a radix tree known here") == 1
@@ -325,8 +327,13 @@ def test_what_sharing_does_not_pay_for_is_not_shared():
     traffic = published(TREES[0], [prompt([3] * 5)] * 4)
     assert PrefixGroups(2, 2 * 3072).find(traffic.reqs, traffic.tree) == (SharedSegment((0, 1, 2, 3), 0, 3072),)
     assert PrefixGroups(2, 2 * 3072 + 1).find(traffic.reqs, traffic.tree) == ()
-    segments = (SharedSegment((0, 1, 2), 0, 4096), SharedSegment((0, 2), 4096, 9000))
-    assert saved_tokens(segments) == 4096
+
+
+def test_all_groups_of_a_forward_save_together():
+    traffic = published(TREES[0], [prompt([3] * 5)] * 3 + [prompt([4] * 5)] * 4)
+    segments = {SharedSegment((0, 1, 2), 0, 3072), SharedSegment((3, 4, 5, 6), 0, 3072)}
+    assert set(PrefixGroups(3, 3 * 3072).find(traffic.reqs, traffic.tree)) == segments
+    assert PrefixGroups(3, 3 * 3072 + 1).find(traffic.reqs, traffic.tree) == ()
 
 
 def test_queries_that_share_are_counted():
@@ -347,7 +354,7 @@ def test_a_forward_is_told_what_is_shared_and_the_next_one_is_not():
     """Known before the forward is planned and until the next; nobody tells of the requests of a warm-up."""
     backend, plans = TokenSelectAttnBackend.__new__(TokenSelectAttnBackend), []
     backend.runner = SimpleNamespace(begin=lambda plan, *args, **kwargs: plans.append(plan))
-    backend._prefix_groups = PrefixGroups(2)
+    backend._prefix_groups = PrefixGroups(2, 0)
     tree = SimpleNamespace(root_node=Node(0, None, 0))
     reqs = holders(*[Node(1, tree.root_node, 4096)] * 2)
     for req in reqs:
