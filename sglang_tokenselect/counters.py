@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from sglang_tokenselect.kernels.reference.window import Window
-from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan, RequestPlan
+from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan
 
 
 @dataclass
@@ -52,12 +52,8 @@ class Counters:
         for segment in plan.shared:
             if segment.start == 0:
                 requests = [plan.requests[row] for row in segment.rows]
-                selecting = sum(_votes(request, request.window or window) for request in requests)
+                selecting = sum((request.window or window).num_candidates(request.seq_len) > 0 for request in requests)
                 self.shared_queries += selecting if selecting >= min_group else 0
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
-
-
-def _votes(request: RequestPlan, window: Window) -> bool:
-    return request.seq_len > window.dense_len and window.budget > 0

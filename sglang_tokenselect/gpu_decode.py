@@ -84,27 +84,21 @@ class GpuDecode:
         num_slots = sum(window.attended_length(n) for n, window in zip(seq_lens, windows, strict=True))
         if num_slots + self._padding_slots > len(self._graph_indices):
             return False
-        plan = self.share(seq_lens, windows, shared)
-        return len(self._cut_rows(self._count_candidates(seq_lens, windows), plan)) == 1
+        candidates = count_candidates(seq_lens, windows)
+        return len(self._cut_rows(candidates, self.share(candidates, shared))) == 1
 
-    def share(
-        self, seq_lens: Sequence[int], windows: Sequence[Window], shared: tuple[SharedSegment, ...]
-    ) -> SharedPlan | None:
-        """What is scored for several rows at once; None: nothing."""
+    def share(self, candidates: Sequence[int], shared: tuple[SharedSegment, ...]) -> SharedPlan | None:
+        """What is scored for several rows at once; None: nothing.
+
+        Args:
+            candidates: see count_candidates.
+        """
         if not shared:
             return None
         # Behind the last segment there is nothing to share; so growing requests ask for the same.
         end = max(segment.end for segment in shared) - self._config.sink
-        plan = self._plan_shared(shared, tuple(min(n, end) for n in self._count_candidates(seq_lens, windows)))
+        plan = self._plan_shared(shared, tuple(min(n, end) for n in candidates))
         return plan if plan.segments else None
-
-    def _count_candidates(self, seq_lens: Sequence[int], windows: Sequence[Window]) -> list[int]:
-        """Of each row, if it does not reuse a selection."""
-        ends = self._config.sink + self._config.local
-        return [
-            n - ends if n > window.dense_len and window.budget else 0
-            for n, window in zip(seq_lens, windows, strict=True)
-        ]
 
     def _cut_rows(self, candidates: Sequence[int], plan: SharedPlan | None) -> list[range]:
         return self._buffers.workspace.cut_rows(candidates, plan.shared_tiles if plan else None)
@@ -152,9 +146,11 @@ class GpuDecode:
         )
         if graph is Graph.CAPTURE:
             parts = (self._graph_part(num_rows, captures_shared),)
-            self._write_shared(SharedPlan.empty(num_rows))
+            if captures_shared:
+                self._write_shared(SharedPlan.empty(num_rows))
         else:
-            parts = self._make_parts(self._count_candidates(seq_lens, windows), self.share(seq_lens, windows, shared))
+            candidates = count_candidates(seq_lens, windows)
+            parts = self._make_parts(candidates, self.share(candidates, shared))
         self._step = _Step(batch, lists, parts)
         plans = {
             Graph.NONE: self._attention.plan,
@@ -246,3 +242,8 @@ class GpuDecode:
         step = self._buffers.step[: STEP_SECTIONS * section].view(STEP_SECTIONS, section)
         step.copy_(pinned(host, step.device), non_blocking=True)
         return step
+
+
+def count_candidates(seq_lens: Sequence[int], windows: Sequence[Window]) -> list[int]:
+    """Of each row, if it does not reuse a selection."""
+    return [window.num_candidates(n) for n, window in zip(seq_lens, windows, strict=True)]

@@ -20,7 +20,7 @@ from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.counters import Counters
 from sglang_tokenselect.device_reads import DeviceReads
 from sglang_tokenselect.gpu_buffers import GpuBuffers
-from sglang_tokenselect.gpu_decode import GpuDecode
+from sglang_tokenselect.gpu_decode import GpuDecode, count_candidates
 from sglang_tokenselect.gpu_extend import GpuExtend
 from sglang_tokenselect.gpu_mass import NO_LAYER, GpuMass
 from sglang_tokenselect.kernels.reference.positions import Rope
@@ -97,8 +97,9 @@ class GpuRunner(Runner):
         shared: tuple[SharedSegment, ...] = (),
     ) -> Step:
         step = super().decode_step(seq_lens, windows)
-        if step is Step.SELECTS and self._decode.share(seq_lens, self._decode_windows(seq_lens, windows), shared):
-            return Step.SHARES
+        if step is Step.SELECTS and shared:
+            candidates = count_candidates(seq_lens, self._decode_windows(seq_lens, windows))
+            return Step.SHARES if self._decode.share(candidates, shared) else step
         return step
 
     def fits_graph(

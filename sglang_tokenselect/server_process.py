@@ -118,6 +118,10 @@ class ServerProcess:
         with urllib.request.urlopen(request, timeout=timeout) as response:
             return response.read().decode()
 
+    def flush(self) -> None:
+        """Empties the radix cache, once the last step of the requests before is over."""
+        self.post_text("/flush_cache?timeout=60", {})
+
     def report(self) -> dict[str, Any]:
         """TokenSelect's part of `/server_info`."""
         return self.get("/server_info")["internal_states"][0]["tokenselect"]

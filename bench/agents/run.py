@@ -56,7 +56,7 @@ from bench.agents.traffic import Histories, Plan, Request, draw_plan
 from bench.load.run import where
 from bench.load.setups import TOKENSELECT
 from bench.serve.cells import write_model
-from bench.serve.run import PAUSE, WARM_UP_TOKENS, Report, flush, measure_each
+from bench.serve.run import PAUSE, WARM_UP_TOKENS, Report, measure_each
 from sglang_tokenselect.ctl import run_ctl
 from sglang_tokenselect.server_process import ServerProcess
 
@@ -115,7 +115,7 @@ class Traffic:
 
     def read_system(self) -> Row:
         """Turn 0."""
-        flush(self._steered.server)
+        self._steered.server.flush()
         return turn_row(self._ask([Ask(0.0, self._plan.system, 1)]), together=False)
 
     def turn(self, requests: Sequence[Request]) -> Row:

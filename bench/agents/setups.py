@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bench.agents.traffic import Shape
-from bench.load.setups import SMOKE, TOKENSELECT
+from bench.load.setups import SMOKE, TOKENSELECT, ServedModel
 from bench.serve.cells import DENSE, FLAGS, MODEL
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.effort import LOWEST_LEVEL
@@ -41,21 +41,13 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Setup:
+class Setup(ServedModel):
     """A model and traffic for it.
 
     Attributes:
-        flags: of every server.
-        dense_backend: of the dense server.
-        sparse_flags: of the servers with TokenSelect.
         budget: of the servers with TokenSelect, at any effort; their flags have it.
     """
 
-    described: str
-    model: dict[str, object]
-    flags: tuple[str, ...]
-    dense_backend: str
-    sparse_flags: tuple[str, ...]
     budget: int
     workloads: tuple[Workload, ...]
 

@@ -48,7 +48,7 @@ from bench.load import client, trace
 from bench.load.setups import H200, QUICK, SERVERS, SLO, SMOKE, TOKENSELECT, Setup, server_flags, write_model
 from bench.result_file import commit, write_csv
 from bench.serve.client import ask, prompts
-from bench.serve.run import NOTE_LENGTH, WARM_UP_TOKENS, flush, measure_each
+from bench.serve.run import NOTE_LENGTH, WARM_UP_TOKENS, measure_each
 from sglang_tokenselect.server_process import ServerProcess, free_port
 
 COUNTED = ("votes", "reuses", "attended_tokens", "cached_tokens", "decode_queries")
@@ -106,11 +106,11 @@ class Cells:
             (self._setup.burst, self._setup.prompt_tokens),
         ):
             ask(self._server.url, prompts(count, context, self._setup.model["vocab_size"]), WARM_UP_TOKENS)
-            flush(self._server)
+            self._server.flush()
 
     def measure(self, rate: float) -> tuple[Row, list[Row]]:
         """The columns of one cell, and the rows of its trace."""
-        flush(self._server)
+        self._server.flush()
         before, begin = self._counters(), time.time()
         try:
             row = client.run(self._server.url, self._model, self._setup, rate, self._limit)

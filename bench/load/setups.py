@@ -19,17 +19,13 @@ RANGE_RATIO = 0.5  # shortest prompt by longest, and shortest answer by longest:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A model and requests for it.
+class ServedModel:
+    """A model and how it is served.
 
     Attributes:
         flags: of every server.
         dense_backend: of the dense server.
         sparse_flags: of the servers with TokenSelect.
-        prompt_tokens, output_tokens: of the longest prompt and answer.
-        burst: requests of the longest prompt that come at once to warm a server up.
-        rates: requests per second.
-        duration: seconds in which the requests of a cell arrive, on average.
     """
 
     described: str
@@ -37,6 +33,19 @@ class Setup:
     flags: tuple[str, ...]
     dense_backend: str
     sparse_flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Setup(ServedModel):
+    """A model and requests for it.
+
+    Attributes:
+        prompt_tokens, output_tokens: of the longest prompt and answer.
+        burst: requests of the longest prompt that come at once to warm a server up.
+        rates: requests per second.
+        duration: seconds in which the requests of a cell arrive, on average.
+    """
+
     prompt_tokens: int
     output_tokens: int
     burst: int

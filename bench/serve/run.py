@@ -109,7 +109,7 @@ class Client:
             self._ask(1, context, WARM_UP_TOKENS)
 
     def itl(self, batch: int, context: int) -> dict[str, object]:
-        flush(self._server)
+        self._server.flush()
         before = self._counters()
         answers = self._ask(batch, context, NEW_TOKENS)
         after = self._counters()
@@ -125,7 +125,7 @@ class Client:
 
     def ttft(self, context: int) -> dict[str, object]:
         # Once: it empties the allocator too, which the next request pays for. Each repeat has ids of its own.
-        flush(self._server)
+        self._server.flush()
         ttfts = self._ttfts[context]
         for repeat in range(len(ttfts), ttft_repeats(context)):
             time.sleep(PAUSE)
@@ -144,11 +144,6 @@ class Client:
 
 def _numbers(median: float, p20: float, p80: float) -> dict[str, object]:
     return {"median": f"{median:.4f}", "p20": f"{p20:.4f}", "p80": f"{p80:.4f}"}
-
-
-def flush(server: ServerProcess) -> None:
-    """Empties the radix cache, once the requests of a cell that failed have ended."""
-    server.post_text("/flush_cache?timeout=60", {})
 
 
 def measure_server(name: str, model: Path, options: argparse.Namespace, report: Report) -> None:

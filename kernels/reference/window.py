@@ -35,6 +35,10 @@ class Window:
         """Tokens that a decode query of a request with ``seq_len`` cached tokens attends to."""
         return seq_len if seq_len <= self.dense_len else self.size
 
+    def num_candidates(self, seq_len: int) -> int:
+        """Tokens that such a decode query votes on; 0: it attends to everything, or chooses nothing."""
+        return seq_len - self.num_sink - self.num_local if seq_len > self.dense_len and self.budget else 0
+
     def positions(self, ranked: torch.Tensor, end: int, *, age: int = 0) -> torch.Tensor:
         """Sink, voted and local positions before ``end``, ascending.
 

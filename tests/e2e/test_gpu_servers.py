@@ -28,7 +28,6 @@ from traffic import (
     answer_at_once,
     answer_texts,
     counted,
-    flush,
     fork,
     fork_of_forks,
     generate,
@@ -152,7 +151,7 @@ def test_options_are_honoured(crowded_server):
     """To the token, as the counters tell; those of a kind run one after the other."""
     requests = [request for request in UNSHARED if len(request.input_ids) > 200][:8]
     for options, attended in ((HALF, 16 + 24 + 32), (FULL, 16 + 48 + 32), (DENSE, None)):
-        flush(crowded_server)
+        crowded_server.flush()
         asked = with_options(requests, options)
         _, counters = counted(crowded_server, lambda asked=asked: generate(crowded_server, asked, concurrency=1))
         queries = counters["decode_queries"]
@@ -167,9 +166,9 @@ def test_options_get_what_a_server_of_that_kind_answers(crowded_server, alone, d
     """Dense ones alone and in a crowd; budgets in compact positions below, with a model that was trained."""
     is_compact = "compact" in crowded_server.command
     kinds = (DENSE, HALF, None)
-    flush(crowded_server)
+    crowded_server.flush()
     dense_alone = generate(crowded_server, with_options(UNSHARED, DENSE), concurrency=1)
-    flush(crowded_server)
+    crowded_server.flush()
     begin = len(crowded_server.log_path.read_text())
     crowd = [asked for plain in UNSHARED for asked in (replace(plain, options=options) for options in kinds)]
     answers, counters = counted(crowded_server, lambda: generate(crowded_server, crowd, concurrency=16))

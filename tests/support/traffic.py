@@ -96,11 +96,6 @@ def counted(server: ServerProcess, action: Callable[[], T]) -> tuple[T, dict[str
     return result, {name: count - before[name] for name, count in server.counters().items()}
 
 
-def flush(server: ServerProcess) -> None:
-    """Empties the radix cache, once the last step of the requests before is over."""
-    server.post_text("/flush_cache?timeout=30", {})
-
-
 def answer_texts(
     server: ServerProcess, prompts: Sequence[str], *, max_new_tokens: int = 64, options: dict[str, Any] | None = None
 ) -> list[str]:
@@ -155,14 +150,14 @@ def answer_alone(server: ServerProcess, branches: Sequence[Branch]) -> list[str]
     """One after the other, each on an empty radix cache: nothing is shared."""
     answers = []
     for branch in branches:
-        flush(server)
+        server.flush()
         answers += answer_texts(server, [branch.prompt])
     return answers
 
 
 def answer_at_once(server: ServerProcess, branches: Sequence[Branch]) -> list[str]:
     """In one batch, on a server with AT_ONCE, after what they share was read, each text once."""
-    flush(server)
+    server.flush()
     for prefix in dict.fromkeys(prefix for branch in branches for prefix in accumulate(branch.texts)):
         answer_texts(server, [prefix], max_new_tokens=1)
     return answer_texts(server, [branch.prompt for branch in branches])

@@ -19,6 +19,7 @@ from bench.serve.run import Report
 from sglang_tokenselect.config import TokenSelectConfig, check_option
 from sglang_tokenselect.ctl import KINDS
 from sglang_tokenselect.effort import effort_at
+from sglang_tokenselect.server_process import ServerProcess
 
 VOCAB = 512
 SHAPE = Shape(
@@ -163,6 +164,8 @@ class FakeServer:
         events = [{"output_ids": out[: i + 1], "meta_info": {**meta, "completion_tokens": i + 1}} for i in range(count)]
         sent = asyncio.get_running_loop().time()
         return sent, [(sent + 0.25 + 0.01 * i, b"data: " + json.dumps(e).encode()) for i, e in enumerate(events)]
+
+    flush = ServerProcess.flush
 
     def post_text(self, path, payload):
         self.posted.append(path)

@@ -14,6 +14,7 @@ import pytest
 from bench import result_file
 from bench.serve import cells, client, gaps, results, run, table
 from bench.serve.client import Answer
+from sglang_tokenselect.server_process import ServerProcess
 
 NEW_TOKENS = 40
 
@@ -164,6 +165,8 @@ class FakeServer:
     def __init__(self) -> None:
         self.posted: list[str] = []
         self._readings = 0
+
+    flush = ServerProcess.flush
 
     def post_text(self, path: str, payload: dict) -> str:
         self.posted.append(path)

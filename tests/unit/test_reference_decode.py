@@ -182,6 +182,15 @@ def test_attended_length(min_len, lengths):
     assert window.size == 10 and window.dense_len == max(10, min_len)
 
 
+def test_num_candidates():
+    """None up to the length that is attended to as a whole, and none without a budget."""
+    counts = {1: 0, 60: 0, 100: 0, 101: 50, 1000: 949}
+    window = Window(num_sink=20, budget=9, num_local=31, min_len=100)
+    assert {n: window.num_candidates(n) for n in counts} == counts
+    assert Window(num_sink=20, budget=0, num_local=31).num_candidates(1000) == 0
+    assert Window(num_sink=20, budget=9, num_local=31).num_candidates(61) == 10
+
+
 class TestCache:
     window = Window(num_sink=2, budget=6, num_local=3)
     query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
