@@ -25,6 +25,8 @@ def _leave_room(result: int, configurator: Any, *args: Any, **kwargs: Any) -> in
     from sglang_tokenselect.gpu_buffers import reserved_bytes
 
     config = flags.attached(server_args)
+    if not config.selects_by.has_kernels:
+        return None
     needed = reserved_bytes(config, configurator.model_config, configurator.kv_cache_dtype, server_args)
     if needed >= result:
         raise Refusal(

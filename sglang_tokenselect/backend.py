@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from sglang_tokenselect.create_runner import create_runner
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.patches import chunk_alignment, decode_graphs, install
-from sglang_tokenselect.planner import StagedRequests, plan_forward
+from sglang_tokenselect.planner import RequestPlan, StagedRequests, plan_forward
 from sglang_tokenselect.prefix_groups import PrefixGroups
 from sglang_tokenselect.request_options import parse_options
 from sglang_tokenselect.runner import Graph, LayerInput, Runner, Step
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sglang_tokenselect.recording.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,11 @@ class TokenSelectAttnBackend(AttentionBackend):
         self._min_group = 0 if model_runner.server_args.disable_radix_cache else self.runner.min_group
         self._prefix_groups = PrefixGroups(self._min_group, self.config.min_shared)
         self._shared: tuple[SharedSegment, ...] = ()
+        self._recorder: Recorder | None = None
+        if self.config.record is not None:
+            from sglang_tokenselect.recording.recorder import Recorder
+
+            self._recorder = Recorder.of_model(model_runner, self.config, self.runner)
         logger.info("TokenSelect: %s; runner: %s", self.config, type(self.runner).__name__)
 
     def report(self) -> dict[str, Any]:
@@ -137,7 +145,10 @@ class TokenSelectAttnBackend(AttentionBackend):
             self._windows, self._shared = (), ()
         if not forward_batch.forward_mode.is_idle():
             step = decode_graphs.captured_step() if graph is Graph.CAPTURE else None
-            self.runner.begin(plan_forward(forward_batch, staged), forward_batch, graph, step=step)
+            plan = plan_forward(forward_batch, staged)
+            self.runner.begin(plan, forward_batch, graph, step=step)
+            if self._recorder is not None:
+                self._recorder.begin(plan)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         self.runner.reserve_graph_rows(max_bs, self._max_context_len)
@@ -165,11 +176,20 @@ class TokenSelectAttnBackend(AttentionBackend):
             [num_tokens, num_qo_heads * head_dim].
         """
         if self.runner.delegates(layer.layer_id):
-            return self.runner.dense.forward(q, k, v, layer, forward_batch, save_kv_cache)
-        if save_kv_cache:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
-        layer_input = LayerInput.of_pool(self.token_to_kv_pool, layer.layer_id, layer.scaling, layer.logit_cap)
-        query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-        return self.runner.run(query, layer_input).flatten(1)
+            out = self.runner.dense.forward(q, k, v, layer, forward_batch, save_kv_cache)
+        else:
+            if save_kv_cache:
+                self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
+            out = self.runner.run(*self._runner_input(q, layer)).flatten(1)
+        if self._recorder is not None:
+            self._recorder.record(*self._runner_input(q, layer), partial(self._attended_positions, layer.layer_id))
+        return out
 
     forward_extend = forward_decode
+
+    def _runner_input(self, q: torch.Tensor, layer: RadixAttention) -> tuple[torch.Tensor, LayerInput]:
+        layer_input = LayerInput.of_pool(self.token_to_kv_pool, layer.layer_id, layer.scaling, layer.logit_cap)
+        return q.view(-1, layer.tp_q_head_num, layer.head_dim), layer_input
+
+    def _attended_positions(self, layer_id: int, request: RequestPlan) -> torch.Tensor | None:
+        return None if self.runner.delegates(layer_id) else self.runner.attended_positions(request)

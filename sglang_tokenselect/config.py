@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang_tokenselect.effort import LOWEST_LEVEL, MOST_REUSE
 from sglang_tokenselect.kernels.reference.window import Window
+from sglang_tokenselect.selectors import SELECTORS, Selector
 
 
 class ConfigError(ValueError):
@@ -40,6 +41,11 @@ class TokenSelectConfig:
     block: int = _option(128, "prefill queries that share one selection", minimum=1)
     sub_block: int = _option(16, "prefill queries whose mean casts one row of votes; divides the block", minimum=1)
     combine: str = _option("max", "how the votes of a block's sub-blocks become one score", choices=("max", "sum"))
+    selector: str = _option(
+        "vote",
+        "who is chosen. " + "; ".join(f"{name}: {selector.summary}" for name, selector in SELECTORS.items()),
+        choices=tuple(SELECTORS),
+    )
     theta: float = _option(
         0.9, "a decode query reuses the last selection from this cosine similarity on; above 1 never", minimum=-1.0
     )
@@ -105,6 +111,11 @@ class TokenSelectConfig:
     )
     control: str | None = _option(None, "ZMQ endpoint to take commands of `sglang-tokenselect ctl` on")
     allow_remote: bool = _option(False, "the two endpoints may be reached from other machines; nothing protects them")
+    record: str | None = _option(
+        None,
+        "folder to write to what each decode query attends to, and what that keeps of its attention; slow, for "
+        "`sglang-tokenselect trace` and `fidelity`; on a GPU without decode CUDA graphs",
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -146,6 +157,15 @@ class TokenSelectConfig:
         if min_len is None:
             min_len = 0 if self.is_compact else DEFAULT_MIN_LEN
         return Window(num_sink=self.sink, budget=self.budget, num_local=self.local, min_len=min_len)
+
+    @property
+    def selects_by(self) -> Selector:
+        return SELECTORS[self.selector]
+
+    @property
+    def queries_per_vote(self) -> int:
+        """Queries of a prefill whose mean casts one row of votes."""
+        return self.block if self.selects_by.votes_once else self.sub_block
 
     @property
     def is_compact(self) -> bool:

@@ -34,7 +34,7 @@ def create_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> Runne
     Raises:
         Refusal: a model, GPU or option that the runner of this device does not serve.
     """
-    if torch.device(model_runner.device).type == "cuda":
+    if torch.device(model_runner.device).type == "cuda" and config.selects_by.has_kernels:
         return _create_gpu_runner(model_runner, config)
     from sglang_tokenselect.torch_runner import TorchRunner
 

@@ -86,7 +86,7 @@ class GpuBuffers:
         """
         max_budget = max(config.largest_budget, 1)
         heads, head_dim = shape.num_qo_heads, shape.head_dim
-        num_means = PREFILL_BLOCKS * count_rows_per_block(config.block, config.sub_block)
+        num_means = PREFILL_BLOCKS * count_rows_per_block(config.block, config.queries_per_vote)
         limits = WorkspaceLimits(
             max(max_rows, PREFILL_BLOCKS), max(CANDIDATES, shape.context_len), shape.context_len, max_budget
         )

@@ -24,6 +24,7 @@ from sglang_tokenselect.kernels.selection_cache import DecodeBatch, Probe
 from sglang_tokenselect.kernels.shared_plan import SharedPlan, SharedPrefixes
 from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.kernels.transfer import aligned, int32, pinned, to_device
+from sglang_tokenselect.planner import RequestPlan
 from sglang_tokenselect.runner import Graph, LayerInput
 from sglang_tokenselect.slot_lists import SlotLists
 
@@ -183,6 +184,13 @@ class GpuDecode:
             parts=step.parts,
             layer=index,
         )
+
+    def attended_positions(self, request: RequestPlan) -> torch.Tensor:
+        """See Runner.attended_positions; of a request that selects. Waits for the device."""
+        lists, row = self._step.lists, request.first_query
+        attended = lists.kv_indices[lists.kv_indptr_cpu[row] : lists.kv_indptr_cpu[row + 1]]
+        slots = self._req_to_token[request.req_pool_idx, : request.seq_len]
+        return torch.isin(slots, attended).nonzero().flatten()
 
     def attend(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
         return self._attention.run(query, (layer.key_pool, layer.value_pool), layer.scaling)

@@ -75,7 +75,7 @@ class GpuExtend:
             blocks,
             buffers.prefill_limits,
             block=config.block,
-            sub_block=config.sub_block,
+            sub_block=config.queries_per_vote,
             num_sink=config.sink,
             num_local=config.local,
             num_qo_heads=buffers.workspace.num_qo_heads,

@@ -28,7 +28,7 @@ from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.kernels.transfer import to_device
 from sglang_tokenselect.kernels.workspace import MAX_SHARED_KV_HEADS
-from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan
+from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan, RequestPlan
 from sglang_tokenselect.runner import Graph, LayerInput, Runner, Step
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class GpuRunner(Runner):
         """
         super().__init__(config)
         self.dense, self.selects = dense, False
+        self._rope = rope
         self._layer_ids, self._caches = frozenset(layer_ids), buffers.caches
         self._dense_in_all_forwards = dense_in_all_forwards
         self._slots, self._counts = CacheSlots(config.cache_requests), DeviceReads()
@@ -120,6 +121,13 @@ class GpuRunner(Runner):
 
     def delegates(self, layer_id: int) -> bool:
         return self._delegated or layer_id not in self._layer_ids
+
+    def attended_positions(self, request: RequestPlan) -> torch.Tensor | None:
+        is_sparse = request.seq_len > self.decode_window_of(request).dense_len
+        return self._decode.attended_positions(request) if is_sparse else None
+
+    def rope_of(self, layer_id: int) -> Rope | None:
+        return self._rope
 
     def report(self) -> Counters:
         """Waits for the device."""

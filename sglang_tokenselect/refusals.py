@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from sglang_tokenselect import compat
@@ -93,6 +95,7 @@ def check_server_args(server_args: Any, config: TokenSelectConfig, *, options_gi
             raise Refusal(name, " or ".join(map(repr, served)), repr(value), reason)
     _check_chunks(getattr(server_args, "chunked_prefill_size", None), config)
     _check_device(server_args, config)
+    _check_record(config.record)
 
 
 def check_model(model_config: ModelConfig, config: TokenSelectConfig) -> None:
@@ -168,34 +171,55 @@ def _check_device(server_args: Any, config: TokenSelectConfig) -> None:
 
     device = getattr(server_args, "device", None)
     if device == "cuda":
-        _check_gpu_options(config)
-        _check_graphs(server_args.cuda_graph_config)
+        if untested := compat.untested_on_gpus():
+            raise Refusal(*untested, "others were not tested with a GPU")
+        if config.selects_by.has_kernels:
+            _check_kernel_options(config)
+            _check_graphs(server_args.cuda_graph_config, _SERVED_GRAPHS)
+        else:
+            _check_graphs(server_args.cuda_graph_config, dict.fromkeys(_SERVED_GRAPHS, _no_graphs(config)))
+        if config.record is not None:
+            served = ("disabled",), "a replayed graph tells nobody what it attended to (option record)"
+            _check_graphs(server_args.cuda_graph_config, {"decode": served})
         if server_args.enable_lora:
             raise Refusal("enable_lora", "False", "True", "its CUDA graphs take the place of those that select")
     elif device == "cpu" and torch.cuda.is_available():
         raise Refusal("device", "'cuda', or CUDA_VISIBLE_DEVICES='' for a server on the CPU", "'cpu' beside a GPU")
 
 
-def _check_gpu_options(config: TokenSelectConfig) -> None:
+def _check_kernel_options(config: TokenSelectConfig) -> None:
     from sglang_tokenselect.kernels.block_plan import count_rows_per_block
     from sglang_tokenselect.kernels.workspace import MAX_BUDGET
 
-    if untested := compat.untested_on_gpus():
-        raise Refusal(*untested, "others were not tested with a GPU")
     if config.largest_budget > MAX_BUDGET:
         name = "budget" if config.max_budget is None else "max_budget"
         raise Refusal(name, f"at most {MAX_BUDGET} on a GPU", config.largest_budget)
     try:
-        count_rows_per_block(config.block, config.sub_block)
+        count_rows_per_block(config.block, config.queries_per_vote)
     except ValueError as error:
         raise Refusal("sub_block", "what the kernels for GPUs can tile", config.sub_block, str(error)) from None
 
 
-def _check_graphs(cuda_graph_config: Any) -> None:
-    for phase, (served, reason) in _SERVED_GRAPHS.items():
+def _no_graphs(config: TokenSelectConfig) -> tuple[tuple[str, ...], str]:
+    return ("disabled",), f"selector={config.selector} runs in PyTorch, request by request"
+
+
+def _check_graphs(cuda_graph_config: Any, served_graphs: dict[str, tuple[tuple[str, ...], str]]) -> None:
+    for phase, (served, reason) in served_graphs.items():
         backend = getattr(cuda_graph_config, phase).backend
         if backend not in served:
             raise Refusal(f"cuda_graph_backend_{phase}", " or ".join(map(repr, served)), repr(backend), reason)
+
+
+def _check_record(folder: str | None) -> None:
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Refusal("record", "a folder to write to", repr(folder), str(error)) from None
 
 
 def _unserved_kind(model_config: Any, hf_config: Any) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.counters import Counters
 from sglang_tokenselect.effort import Effort, effort_at
+from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
@@ -136,6 +137,18 @@ class Runner:
 
     def refresh_counters(self) -> None:
         """Has the device send its counters, without waiting for them."""
+
+    def attended_positions(self, request: RequestPlan) -> torch.Tensor | None:
+        """What a decode query attended to in the layer that was run last; only with the option `record`.
+
+        Returns:
+            [t] int64 ascending; None: everything.
+        """
+        raise NotImplementedError
+
+    def rope_of(self, layer_id: int) -> Rope | None:
+        """What rotates queries and keys of a layer; None with absolute positions, where the model does."""
+        raise NotImplementedError
 
     def delegates(self, layer_id: int) -> bool:
         """Whether `dense` attends in this layer of the current forward."""

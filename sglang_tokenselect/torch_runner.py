@@ -49,12 +49,14 @@ class TorchRunner(Runner):
         self._sampled_layers = sampled_layers
         self._sampling = MassSampling(config.mass_every, len(sampled_layers))
         self._sampled: tuple[int, RequestPlan] | None = None
+        self._attended: dict[RequestPlan, torch.Tensor | None] = {}
 
     def begin(
         self, plan: ForwardPlan, forward_batch: Any = None, graph: Graph = Graph.NONE, *, step: Step | None = None
     ) -> None:
         """A prefill ends what is cached for its rows, whoever had them before."""
         self._plan, self._sampled = plan, None
+        self._attended.clear()
         if plan.is_decode:
             self.counters.count_decode(plan, self.decode_window, self.min_group)
             self._choose_sample(plan)
@@ -81,13 +83,25 @@ class TorchRunner(Runner):
     def _decode(self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan) -> torch.Tensor:
         window = self.decode_window_of(request)
         if self._is_dense(layer) or request.seq_len <= window.dense_len:
+            self._keep_attended(request, None)
             return self._attend(query, kv, slice(None), layer)
         selection = self._selection(query[0], kv, layer, request, window)
         age = request.seq_len - selection.seq_len
         positions = window.positions(selection.ranked, request.seq_len, age=age)
+        self._keep_attended(request, positions)
         if self._sampled == (layer.layer_id, request):
             self._sample_mass(query[0], kv, positions, layer)
         return self._attend(query, kv, positions, layer)
+
+    def _keep_attended(self, request: RequestPlan, positions: torch.Tensor | None) -> None:
+        if self.config.record is not None:
+            self._attended[request] = positions
+
+    def attended_positions(self, request: RequestPlan) -> torch.Tensor | None:
+        return self._attended[request]
+
+    def rope_of(self, layer_id: int) -> Rope | None:
+        return self._ropes.get(layer_id)
 
     def _sample_mass(self, query: torch.Tensor, kv: RequestKV, positions: torch.Tensor, layer: LayerInput) -> None:
         window = self.config.window
@@ -118,7 +132,10 @@ class TorchRunner(Runner):
             self.counters.reuses += window.budget > 0
             return cached
         rope = self._ropes.get(layer.layer_id)
-        ranked = select_for_query(query, kv, window, rope=rope, vote_scale=self.config.vote_scale)
+        config = self.config
+        ranked = select_for_query(
+            query, kv, window, rope=rope, vote_scale=config.vote_scale, score=config.selects_by.score
+        )
         self.counters.votes += window.budget > 0
         rows[layer.layer_id] = CachedSelection(query.clone(), ranked, request.seq_len)
         return rows[layer.layer_id]
@@ -152,10 +169,11 @@ class TorchRunner(Runner):
             candidates,
             lo,
             window,
-            sub_block=config.sub_block,
+            sub_block=config.queries_per_vote,
             combine=config.combine,
             rope=self._ropes.get(layer.layer_id),
             vote_scale=config.vote_scale,
+            score=config.selects_by.score,
         )
         self.counters.block_votes += 1
         own = torch.arange(lo, hi, device=query.device)

@@ -7,7 +7,7 @@ import torch
 
 from .kv import RequestKV
 from .positions import Rope
-from .vote import VoteHeads, rank_candidates, soft_vote
+from .vote import Score, rank_candidates, soft_vote
 from .window import Window
 
 
@@ -18,7 +18,7 @@ def select_for_query(
     *,
     rope: Rope | None = None,
     vote_scale: float = 1.0,
-    vote_heads: VoteHeads = "group",
+    score: Score = soft_vote,
 ) -> torch.Tensor:
     """Positions voted for by the last query of a request longer than the window.
 
@@ -35,5 +35,4 @@ def select_for_query(
     if rope is not None:
         query = rope.rotate(query, torch.tensor([window.num_local], device=query.device))
     candidates = kv.keys(slice(window.num_sink, len(kv) - window.num_local))
-    score = soft_vote(query, candidates, vote_scale=vote_scale, vote_heads=vote_heads)[0]
-    return window.num_sink + rank_candidates(score, window.budget)
+    return window.num_sink + rank_candidates(score(query, candidates, vote_scale=vote_scale)[0], window.budget)

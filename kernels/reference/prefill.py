@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from .positions import Rope
-from .vote import rank_candidates, soft_vote
+from .vote import Score, rank_candidates, soft_vote
 from .window import Window
 
 Combine = Literal["max", "sum"]
@@ -53,6 +53,7 @@ def select_for_block(
     combine: Combine = "max",
     rope: Rope | None = None,
     vote_scale: float = 1.0,
+    score: Score = soft_vote,
 ) -> torch.Tensor:
     """Positions voted for by the queries of the block that begins at ``start``.
 
@@ -71,6 +72,6 @@ def select_for_block(
     if rope is not None:
         query = rope.rotate(query, window.num_local + torch.arange(query.shape[0], device=query.device))
     candidates = candidates[: start - window.num_local - window.num_sink]
-    votes = soft_vote(mean_queries(query, start, sub_block), candidates, vote_scale=vote_scale)
-    score = votes.amax(0) if combine == "max" else votes.sum(0)
-    return window.num_sink + rank_candidates(score, window.budget)
+    votes = score(mean_queries(query, start, sub_block), candidates, vote_scale=vote_scale)
+    combined = votes.amax(0) if combine == "max" else votes.sum(0)
+    return window.num_sink + rank_candidates(combined, window.budget)

@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 VoteHeads = Literal["group", "modulo"]
+
+
+class Score(Protocol):
+    """Scores candidates, as `soft_vote` does: for its arguments and result see there."""
+
+    def __call__(self, query: torch.Tensor, keys: torch.Tensor, *, vote_scale: float = 1.0) -> torch.Tensor: ...
 
 
 def soft_vote(

@@ -406,6 +406,7 @@ OPTIONS = {
     "absolute": {},
     "compact": {"positions": "compact"},
     "sum of votes": {"combine": "sum", "sub_block": 16},
+    "one mean": {"selector": "mean"},
     "never reused": {"theta": 1.1},
 }
 

@@ -47,9 +47,17 @@ def test_tokenselect_finds_needles(tokenselect, length):
 
 
 def test_the_same_without_choosing_finds_nothing(tokenselect):
-    """Sink and local tokens alone, as many: what is found is found by the votes."""
-    with needle_server(False, "--tokenselect-budget", "0", "--tokenselect-local", "576") as server:
+    """The latest tokens, as many: what is found is found by the votes."""
+    with needle_server(False, "--tokenselect-selector", "window") as server:
         assert accuracy(server, 8192) <= 0.25
+        counters = server.counters()
+        assert counters["attended_tokens"] == 640 * counters["decode_queries"]
+
+
+@pytest.mark.parametrize("selector", ["page", "mean"])
+def test_other_policies_find_some(selector):
+    with needle_server(False, "--tokenselect-selector", selector) as server:
+        assert 0.5 <= accuracy(server, 8192)
 
 
 def test_dense_attention_is_lost_there():

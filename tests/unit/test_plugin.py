@@ -265,6 +265,8 @@ REFUSED_WITH_A_GPU = [
     ({"enable_lora": True}, {}, "enable_lora: expected False, got True"),
     ({}, {"budget": 8193}, "budget: expected at most 8192 on a GPU, got 8193"),
     ({}, {"block": 96, "sub_block": 32}, "sub_block: expected what the kernels"),
+    ({"prefill": "disabled"}, {"selector": "page"}, "cuda_graph_backend_decode: expected 'disabled', got 'full'"),
+    ({"decode": "disabled"}, {"selector": "window"}, "cuda_graph_backend_prefill: expected 'disabled', got 'break"),
 ]
 
 
@@ -274,6 +276,12 @@ def test_what_cannot_go_with_a_gpu_is_refused_before_the_model_is_loaded(monkeyp
     refusals.check_server_args(gpu_args(), TokenSelectConfig())
     with pytest.raises(refusals.Refusal, match=message):
         refusals.check_server_args(gpu_args(**flags), TokenSelectConfig(**options))
+
+
+def test_what_has_no_kernels_is_bound_by_none_of_their_limits(monkeypatch):
+    monkeypatch.setattr(compat, "untested_on_gpus", lambda: None)
+    options = TokenSelectConfig(selector="page", budget=8193, block=96, sub_block=32)
+    refusals.check_server_args(gpu_args(prefill="disabled", decode="disabled"), options)
 
 
 def test_gpus_need_the_versions_that_were_tested(monkeypatch):
