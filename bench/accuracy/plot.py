@@ -105,7 +105,7 @@ def draw_options(cells: Cells, rows: Sequence[Row], about: dict[str, str]) -> Fi
 
 
 def titled(figure: Figure, title: str, about: dict[str, str]) -> Figure:
-    where = f"needle checkpoint, compact positions, {about['machine']}, SGLang {about['sglang']}, {about['commit']}"
+    where = f"needle checkpoint, compact positions, {about['machine']}, SGLang {about['sglang']}"
     figure.suptitle(f"{title}\n{where}", x=0.01, ha="left", fontsize=10.5, color=INK)
     figure.tight_layout()
     return figure

@@ -7,11 +7,11 @@
     python bench/accuracy/run.py OUT.csv reuse
 
 All servers of an experiment run at once, side by side (each takes 3 GB on a GPU), each asked by a process of its own:
-so times say nothing, and none are written. What was asked is in a folder beside OUT.csv, and a run that was stopped
-goes on from there.
+so times say nothing, and none are written. What was asked is in a folder beside OUT.csv, from where a run that was
+stopped goes on; where nothing is left to ask, no server is started.
 
 A row is a task, length and seed: `score` is the mean of as many `questions`. `attended` (tokens of a decode step) and
-`hit_ratio` (reuses of votes and reuses) are of the variant, budget and length.
+`hit_ratio` (reuses of votes and reuses) are of the variant, budget and length, and so is the `commit` that was asked.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from sglang_tokenselect.evaluation.discover import read_counters
 from sglang_tokenselect.needle_server import needle_server
 from sglang_tokenselect.server_process import ServerProcess
 
+MEASURED = "measured.json"
 START_TIMEOUT = 420.0
 FLAGS = (
     *("--context-length", str(CONTEXT_LENGTH), "--max-total-tokens", "600000"),
@@ -57,18 +58,26 @@ def start(stack: ExitStack, variants: list[Variant], device: str) -> list[Server
     return servers
 
 
-def ask_all(variant: Variant, url: str, folder: Path) -> None:
-    """Each length and budget, shorter ones first."""
+def cells(variant: Variant, folder: Path) -> Iterator[tuple[int, int | None, Path]]:
+    """Each length and budget, shorter ones first, and where it is kept: `MEASURED` is there when it is complete."""
     for length in variant.lengths:
         for budget in variant.budgets or (None,):
-            ask(variant, url, folder / f"{length}-{budget}", length, budget)
+            yield length, budget, folder / f"{length}-{budget}"
 
 
-def ask(variant: Variant, url: str, folder: Path, length: int, budget: int | None) -> None:
-    """Leaves the answers in `folder`, and what the server counted meanwhile in counters.json there."""
-    counted = folder / "counters.json"
-    if counted.exists():
-        return
+def unfinished(variant: Variant, folder: Path) -> list[tuple[int, int | None, Path]]:
+    return [cell for cell in cells(variant, folder) if not (cell[2] / MEASURED).exists()]
+
+
+def ask_all(variant: Variant, url: str, folder: Path, device: str) -> None:
+    for length, budget, place in unfinished(variant, folder):
+        counts = ask(variant, url, place, length, budget)
+        (place / MEASURED).write_text(json.dumps({"counters": counts, "setting": setting(device)}))
+        print(variant.name, length, budget, flush=True)
+
+
+def ask(variant: Variant, url: str, folder: Path, length: int, budget: int | None) -> dict[str, int]:
+    """Leaves the answers in `folder`. Returns what the server counted meanwhile."""
     own = {"custom_params": {"tokenselect": {"budget": budget}}} if budget is not None else {}
     before = read_counters(url, None)
     asked = ("eval", "--url", url, "--tasks", ",".join(TASKS), "--lengths", str(length), "--depths", "0")
@@ -78,23 +87,21 @@ def ask(variant: Variant, url: str, folder: Path, length: int, budget: int | Non
     if code:
         raise RuntimeError(f"{variant.name}, {length} tokens, budget {budget}: eval ended with {code}")
     after = read_counters(url, None)
-    counted.write_text(json.dumps({name: count - before.get(name, 0) for name, count in after.items()}))
-    print(variant.name, length, budget, flush=True)
+    return {name: count - before.get(name, 0) for name, count in after.items()}
 
 
 def rows(variant: Variant, folder: Path) -> Iterator[dict[str, object]]:
-    for length in variant.lengths:
-        for budget in variant.budgets or (None,):
-            place = folder / f"{length}-{budget}"
-            counts = json.loads((place / "counters.json").read_text())
-            with (place / "results.csv").open(newline="") as file:
-                for cell in csv.DictReader(file):
-                    yield {
-                        "variant": variant.name,
-                        "budget": budget,
-                        **{name: cell[name] for name in ("task", "length", "seed", "questions", "score")},
-                        **measures(counts),
-                    }
+    for _, budget, place in cells(variant, folder):
+        measured = json.loads((place / MEASURED).read_text())
+        with (place / "results.csv").open(newline="") as file:
+            for cell in csv.DictReader(file):
+                yield {
+                    "variant": variant.name,
+                    "budget": budget,
+                    **{name: cell[name] for name in ("task", "length", "seed", "questions", "score")},
+                    **measures(measured["counters"]),
+                    **measured["setting"],
+                }
 
 
 def measures(counts: dict[str, int]) -> dict[str, object]:
@@ -116,13 +123,26 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="of each task, length and seed")
     args = parser.parse_args()
     variants = chosen(args.experiment, args.variants, args.lengths, args.samples)
-    folders = [args.csv.with_suffix("") / variant.name.replace(" ", "_") for variant in variants]
+    folders = {variant: args.csv.with_suffix("") / variant.name.replace(" ", "_") for variant in variants}
+    ask_servers([v for v in variants if unfinished(v, folders[v])], folders, args.device)
+    found = [row for variant in variants for row in rows(variant, folders[variant])]
+    common = {name: found[0][name] for name in setting(args.device) if len({row[name] for row in found}) == 1}
+    varying = [{name: value for name, value in row.items() if name not in common} for row in found]
+    about = {**common, "positions": "compact", "tokenselect": version("sglang-tokenselect")}
+    write_csv(args.csv, varying, about, "python " + " ".join(sys.argv))
+
+
+def ask_servers(variants: list[Variant], folders: dict[Variant, Path], device: str) -> None:
+    """
+    Raises:
+        SystemExit: a server was not asked everything.
+    """
     with ExitStack() as stack:
-        servers = start(stack, variants, args.device)
+        servers = start(stack, variants, device)
         context = multiprocessing.get_context("spawn")
         askers = [
-            context.Process(target=ask_all, args=(variant, server.url, folder))
-            for variant, server, folder in zip(variants, servers, folders, strict=True)
+            context.Process(target=ask_all, args=(variant, server.url, folders[variant], device))
+            for variant, server in zip(variants, servers, strict=True)
         ]
         for asker in askers:
             asker.start()
@@ -130,9 +150,6 @@ def main() -> None:
             asker.join()
         if any(asker.exitcode for asker in askers):
             sys.exit("a server was not asked everything; see above. The same command goes on from there")
-    found = [row for variant, folder in zip(variants, folders, strict=True) for row in rows(variant, folder)]
-    about = {**setting(args.device), "positions": "compact", "tokenselect": version("sglang-tokenselect")}
-    write_csv(args.csv, found, about, "python " + " ".join(sys.argv))
 
 
 if __name__ == "__main__":

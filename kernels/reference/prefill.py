@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from .positions import Rope
 from .vote import Score, rank_candidates, soft_vote
@@ -39,8 +40,13 @@ def mean_queries(query: torch.Tensor, start: int, sub_block: int) -> torch.Tenso
         [num_sub_blocks, num_qo_heads, head_dim], at least float32.
     """
     query = query.to(torch.promote_types(query.dtype, torch.float32))
-    cuts = cut_blocks(start, start + query.shape[0], sub_block)
-    return torch.stack([query[lo - start : hi - start].mean(0) for lo, hi in cuts])
+    # The first and the last sub-block are filled up with zeros.
+    front, back = start % sub_block, -(start + query.shape[0]) % sub_block
+    sums = F.pad(query, (0, 0, 0, 0, front, back)).unflatten(0, (-1, sub_block)).sum(1)
+    sizes = torch.full((sums.shape[0], 1, 1), sub_block, dtype=query.dtype, device=query.device)
+    sizes[0] -= front
+    sizes[-1] -= back
+    return sums / sizes
 
 
 def select_for_block(

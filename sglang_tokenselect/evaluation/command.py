@@ -18,7 +18,7 @@ from sglang_tokenselect.evaluation.options import depths_of, named_urls
 from sglang_tokenselect.evaluation.report import write_reports
 from sglang_tokenselect.evaluation.run import Drawer, ask_targets
 from sglang_tokenselect.evaluation.settings import Key, Run, Settings, Target
-from sglang_tokenselect.evaluation.store import Record, Store, open_store, read_records, read_run
+from sglang_tokenselect.evaluation.store import Record, Store, joined, open_store, read_records, read_run
 from sglang_tokenselect.evaluation.table import print_table
 from sglang_tokenselect.evaluation.tokenizer import load_tokenizer
 from sglang_tokenselect.evaluation.view import Tally, open_view
@@ -34,11 +34,11 @@ def run_eval(args: argparse.Namespace) -> int:
         return 0
     allow_loopback()
     servers = {name: discover(url, args.api_key, args.model) for name, url in named_urls(args).items()}
-    wanted = plan(args, servers)
-    check_longest(wanted.settings, servers)
-    drawer = Drawer(wanted.settings, load_tokenizer(wanted.settings.tokenizer, args.api))
-    check_shortest(wanted.settings, drawer)
-    with open_store(args.out, wanted) as (run, store):
+    run = joined(args.out, plan(args, servers))
+    check_longest(run.settings, servers)
+    drawer = Drawer(run.settings, load_tokenizer(run.settings.tokenizer, args.api))
+    check_shortest(run.settings, drawer)
+    with open_store(args.out, run) as (run, store):
         before = {name: read_counters(server.url, args.api_key) for name, server in servers.items()}
         failure = ask(console, args, run, servers, drawer, store)
         report(console, args.out, run, store.records)
@@ -46,7 +46,7 @@ def run_eval(args: argparse.Namespace) -> int:
         say(console, attended_text(name, before[name], read_counters(server.url, args.api_key)))
     if failure:
         say(console, f"Stopped: {failure}")
-    num_failed = sum(record.error is not None for record in store.records.values())
+    num_failed = sum(record.error is not None for key, record in store.records.items() if key.target in servers)
     if num_failed:
         say(console, f"{num_failed:,} questions failed; the same command asks them again. Reasons: results.json")
     return 1 if failure or num_failed else 0

@@ -96,7 +96,7 @@ def draw_panel(axes: Axes, grid: Grid, scores: Scores) -> AxesImage:
     image = axes.imshow(shown, cmap=plt.get_cmap(COLOURS).with_extremes(bad=EMPTY), vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(shown):
         text = "–" if np.isnan(value) else f"{value:.2f}"
-        colour = INK if np.isnan(value) or value > 0.5 else "white"
+        colour = "black" if np.isnan(value) or value > 0.5 else "white"
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     many = len(grid.lengths) > MANY_LENGTHS
     style = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if many else {}

@@ -23,7 +23,7 @@ def write_reports(folder: Path, run: Run, records: Mapping[Key, Record]) -> list
     write_json(folder / "results.json", results(run, records, by_seed))
     write_csv(folder / "results.csv", by_seed)
     depth_tasks = [task for task in run.settings.tasks if any(has_depth(record, task) for record in records.values())]
-    heatmap.write_figures(folder, run, cells(run, by_seed), depth_cells(run, records), depth_tasks)
+    heatmap.write_figures(folder, run, cells(run, by_seed), depth_cells(records), depth_tasks)
     return by_seed
 
 
@@ -39,7 +39,7 @@ def results(run: Run, records: Mapping[Key, Record], by_seed: Sequence[SeedCell]
             {"task": task, "length": length, "mean": mean, "spread": spread}
             for (task, length), (mean, spread) in differences(run, by_seed).items()
         ],
-        "depths": [asdict(cell) for cell in depth_cells(run, records)],
+        "depths": [asdict(cell) for cell in depth_cells(records)],
         "errors": [{**key._asdict(), "error": record.error} for key, record in sorted(records.items()) if record.error],
     }
 

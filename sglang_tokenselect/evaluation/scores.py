@@ -76,10 +76,10 @@ def seed_cells(run: Run, records: Mapping[Key, Record]) -> list[SeedCell]:
 
 
 def _seed_cell(where: tuple[str, str, int, int], records: Sequence[Record]) -> SeedCell:
-    # By index, so that the sum is the same to the last digit in whatever order the answers came.
-    answered = [record for record in sorted(records, key=lambda record: record.index) if record.error is None]
-    score = statistics.fmean(record.score for record in answered) if answered else None
-    return SeedCell(*where, len(answered), len(records) - len(answered), score)
+    scores = [record.score for record in records if record.error is None]
+    # fmean rounds the exact sum, so the order in which the answers came changes no digit.
+    mean = statistics.fmean(scores) if scores else None
+    return SeedCell(*where, len(scores), len(records) - len(scores), mean)
 
 
 def cells(run: Run, by_seed: Iterable[SeedCell]) -> list[Cell]:
@@ -120,14 +120,9 @@ def cell_key(cell: SeedCell) -> tuple[str, int, int]:
     return cell.task, cell.length, cell.seed
 
 
-def depth_cells(run: Run, records: Mapping[Key, Record]) -> list[DepthCell]:
+def depth_cells(records: Mapping[Key, Record]) -> list[DepthCell]:
     found = defaultdict(list)
-    for key in sorted(records):
-        record = records[key]
+    for record in records.values():
         if record.error is None and record.depth is not None:
             found[record.target, record.depth, record.length].append(record.score)
-    return [
-        DepthCell(*where, len(scores), statistics.fmean(scores))
-        for where, scores in sorted(found.items())
-        if where[0] in run.targets
-    ]
+    return [DepthCell(*where, len(scores), statistics.fmean(scores)) for where, scores in sorted(found.items())]

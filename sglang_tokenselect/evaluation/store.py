@@ -81,8 +81,25 @@ def open_store(folder: Path, run: Run) -> Iterator[tuple[Run, Store]]:
         except BlockingIOError:
             raise SystemExit(f"--out: expected a folder that no other run writes to, got {folder}") from None
         _drop_half_line(samples_path(folder))
-        run = _join(folder, run)
+        run = joined(folder, run)
+        write_json(run_path(folder), run.to_dict())
         yield run, Store(file, read_records(folder))
+
+
+def joined(folder: Path, run: Run) -> Run:
+    """What the folder holds and this run adds to it. Writes nothing.
+
+    Raises:
+        SystemExit: the two do not belong together.
+    """
+    if run_path(folder).exists():
+        try:
+            return read_run(folder).extended(run)
+        except ValueError as error:
+            raise SystemExit(f"{error}. Give the same option, or another folder than {folder}.") from None
+    if samples_path(folder).exists() and samples_path(folder).stat().st_size:
+        raise SystemExit(f"--out: expected run.json beside samples.jsonl, got {folder} without it")
+    return run
 
 
 def read_run(folder: Path) -> Run:
@@ -121,18 +138,6 @@ def run_path(folder: Path) -> Path:
 
 def samples_path(folder: Path) -> Path:
     return folder / "samples.jsonl"
-
-
-def _join(folder: Path, run: Run) -> Run:
-    if run_path(folder).exists():
-        try:
-            run = read_run(folder).extended(run)
-        except ValueError as error:
-            raise SystemExit(f"{error}. Give the same option, or another folder than {folder}.") from None
-    elif samples_path(folder).stat().st_size:
-        raise SystemExit(f"--out: expected run.json beside samples.jsonl, got {folder} without it")
-    write_json(run_path(folder), run.to_dict())
-    return run
 
 
 def _drop_half_line(path: Path) -> None:

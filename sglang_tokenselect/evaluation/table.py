@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from sglang_tokenselect.evaluation.scores import Cell, SeedCell, cells, differences
 from sglang_tokenselect.evaluation.settings import Run
@@ -20,18 +19,9 @@ NOT_WHOLE = "*"
 def print_table(console: Console, run: Run, by_seed: Sequence[SeedCell]) -> None:
     rows = list(table_rows(run, by_seed))
     header = ["task", "target", *(f"{length:,}" for length in sorted(run.settings.lengths))]
-    if console.is_terminal and not console.is_dumb_terminal:
-        table = Table()
-        for column, name in enumerate(header):
-            table.add_column(name, justify="left" if column < 2 else "right", no_wrap=column < 2)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    else:
-        for line in plain_lines([header, *rows]):
-            _print(console, line)
-    for note in notes(run, by_seed):
-        _print(console, note)
+    # Lines and no frame: a terminal that is too narrow breaks lines, not cells.
+    for line in (*plain_lines([header, *rows]), *notes(run, by_seed)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def table_rows(run: Run, by_seed: Sequence[SeedCell]) -> Iterator[list[str]]:
@@ -89,7 +79,3 @@ def notes(run: Run, by_seed: Sequence[SeedCell]) -> Iterator[str]:
     errors, missing = sum(cell.errors for cell in found), sum(cell.missing for cell in found)
     if errors or missing:
         yield f"{NOT_WHOLE} without questions that failed ({errors:,} in all) or were not asked yet ({missing:,})."
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reads the recordings as page.py packs them. No DOM here: the tests run this file with node.
+"use strict";
 
 function fromBase64(text) {
   const characters = atob(text);

@@ -20,6 +20,8 @@ from sglang_tokenselect.trace.pieces import Mark
 from sglang_tokenselect.trace.steps import Row, Step
 
 FOLDER = Path(__file__).parent
+SCRIPTS = ("decode.js", "selection.js", "text.js", "map.js", "page.js")
+"""One script in this order; the last one starts it."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,20 @@ def render(trace: Trace) -> str:
         ],
         "data": base64.b64encode(data).decode(),
     }
-    style, decode, script, page = (
-        (FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "decode.js", "page.js", "page.html")
-    )
     parts = {
         "title": html.escape(trace.title),
-        "style": style,
+        "style": _asset("page.css"),
         "facts": embedded_json(facts),
-        "script": decode + script,
+        "script": "".join(map(_asset, SCRIPTS)),
     }
     # Cut, not replaced one after the other: a text may look like a placeholder.
-    before, *cuts = page.split("<!--%")
+    before, *cuts = _asset("page.html").split("<!--%")
     filled = (parts[name] + after for name, _, after in (cut.partition("%-->") for cut in cuts))
     return before + "".join(filled)
+
+
+def _asset(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
 
 
 def embedded_json(value: object) -> str:

@@ -143,6 +143,8 @@ def test_layers_within_the_limit_stay_sparse():
         "The least measured budget at which all layers stay below it: --tokenselect-budget 256",
     ]
     assert advice([LOW, LOW]).endswith("--tokenselect-budget 0")
+    # Each layer, not their mean.
+    assert advice([LOW, LOW, [0.15, 0.05, 0.0]]).endswith("--tokenselect-budget 256")
 
 
 def test_layers_beyond_it_are_named_and_the_others_decide_the_budget():

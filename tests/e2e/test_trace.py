@@ -224,17 +224,35 @@ def test_lists_and_the_map_lead_to_their_place(browse, small, tmp_path):
     assert 0 == early < listed < late
 
 
+def test_what_is_scrolled_into_view_is_highlighted(browse, small, tmp_path):
+    script = """
+      const pane = byId("text");
+      pane.style.flex = "none"; pane.style.height = "60px"; byId("follow").checked = false;
+      pane.scrollTop = 0;
+      show({step: 1, layer: 0});
+      document.body.dataset.painted = chunks.map((chunk) => chunk.paintedFor === shown);
+      pane.scrollTop = pane.scrollHeight;
+      pane.dispatchEvent(new Event("scroll")); // at once, not with the next frame
+    """
+    dom = browse(drive(small, tmp_path, script))
+    body = next(e for e in dom.elements if e.tag == "body")
+    assert body.attributes["data-painted"] == "true,false,false"
+    assert dom.of_class("reading")[0].tokens == range(301, 302)
+
+
 def test_the_map_shows_where_voted_tokens_lie(browse, small, tmp_path):
-    """Blue of the pixels at token 103, of either layer, and beside it: orange has less of it than the empty map."""
+    """Pixels (red, green, blue, alpha) of either layer, and beside them; what is not drawn is transparent."""
     script = """
       const canvas = document.querySelector("#map canvas"), context = canvas.getContext("2d");
       const pixel = (token, y) => [...context.getImageData((token + 0.5) / texts.length * canvas.width, y, 1, 1).data];
-      document.body.dataset.pixels = JSON.stringify([[103, 12], [103, 25], [110, 12]].map(([x, y]) => pixel(x, y)));
+      const places = [[103, 12], [103, 25], [110, 12], [210, 25]];
+      document.body.dataset.pixels = JSON.stringify(places.map(([x, y]) => pixel(x, y)));
     """
     body = next(e for e in browse(drive(small, tmp_path, script), "step=1&layer=0").elements if e.tag == "body")
-    voted, other_layer, beside = json.loads(body.attributes["data-pixels"])
+    voted, other_layer, beside, other_voted = json.loads(body.attributes["data-pixels"])
     assert voted[3] > 200 and voted[2] < 60
     assert other_layer[3] == beside[3] == 0
+    assert 0 < other_voted[3] < voted[3]
 
 
 def test_a_picture_can_be_taken(browse, small, tmp_path):

@@ -160,6 +160,7 @@ class Traffic:
     """Two layers of a runner that records, over one paged pool; row 0 is that of padding."""
 
     def __init__(self, folder: Path, *, sliding_windows=None, trained_len=None, **options) -> None:
+        folder.mkdir(exist_ok=True)
         self.config = TokenSelectConfig(**{**OPTIONS, **options}, record=str(folder))
         generator = torch.Generator().manual_seed(3)
         self.req_to_token = torch.zeros(4, MAX_LEN, dtype=torch.int32)
@@ -257,6 +258,22 @@ def test_the_query_of_each_request_is_its_own(tmp_path):
         np.testing.assert_allclose(Recording.load(path).error[1, index], expected[:, 2], rtol=1e-5)
 
 
+def test_the_fresh_selection_is_the_configured_one(tmp_path):
+    """The vote's scale, and the selector: the latest 10 candidates here."""
+    masses = []
+    for name, options in {"as it is": {}, "scaled": {"vote_scale": 0.05}, "latest": {"selector": "window"}}.items():
+        traffic = Traffic(tmp_path / name, **options)
+        queries = traffic.forward((1, 50))
+        recording = Recording.load(*recording_paths(tmp_path / name))
+        masses.append(recording.mass[0, recording.budgets.tolist().index(10)])
+    query, kv = queries[0, 0], traffic.kv(0, 1, 50)
+    np.testing.assert_allclose(masses[1], naive_fidelity(query, kv, 10, AttentionRule(SCALING), 0.05)[:, 0], rtol=1e-5)
+    shares = [naive.softmax(naive_logits(query, kv, head, range(50), AttentionRule(SCALING))) for head in range(4)]
+    latest = [sum(head[:SINK]) + sum(head[50 - LOCAL - 10 :]) for head in shares]
+    np.testing.assert_allclose(masses[2], latest, rtol=1e-5)
+    assert not np.allclose(masses[0], masses[1]) and not np.allclose(masses[0], masses[2])
+
+
 def test_a_dense_layer_is_a_row_without_positions(tmp_path):
     traffic = Traffic(tmp_path, dense_layers=(4,))
     traffic.forward((1, 40))
@@ -332,6 +349,7 @@ def test_a_gpu_tells_the_same_positions(tmp_path):
     generator = torch.Generator().manual_seed(5)
     pools = torch.randn(2, 3 * MAX_LEN + 1, 2, head_dim, generator=generator).to(DEVICE, dtype)
     slots = 1 + torch.randperm(3 * MAX_LEN, generator=generator).view(3, MAX_LEN).int().to(DEVICE)
+    slots[1, :41] = slots[2, :41]  # a shared prefix, of which each attends to tokens of its own
     buffers = GpuBuffers.allocate(config, ModelShape(1, 4, 2, head_dim, dtype, MAX_LEN), 3, DEVICE)
     on_gpu = GpuRunner(config, (0,), buffers, slots, DecodeTwin(0.0, None), PrefillTwin(0.0, None))
     expected = TorchRunner(config, slots, {})

@@ -57,7 +57,7 @@ def draw_kv_retrieval(request: Request) -> Sample:
     question = f'\n\nKey: "{key}"'
 
     def build(num_others: int) -> Sample:
-        uuids = draw_distinct(request.rng("others"), "uuids", 2 * num_others, without=(key, value))
+        uuids = draw_distinct(request.rng("others"), "uuids", 2 * num_others)
         pairs = list(zip(uuids[::2], uuids[1::2], strict=True))
         pairs.insert(round(depth * num_others), (key, value))
         prompt = before + json.dumps(dict(pairs)) + question
