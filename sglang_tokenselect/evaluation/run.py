@@ -77,8 +77,11 @@ class Drawer:
         Raises:
             ValueError: the length has no room for the task.
         """
-        room = key.length - self._count_tokens.added
-        return draw(TASKS[key.task], room, key.seed, key.index, self._count_tokens, self.depth(key))
+        task, length, count_tokens = TASKS[key.task], key.length, self._count_tokens.whole
+        if task.suite == "needle":
+            # It adds up counts of sentences. The others count whole texts, and cwe's lists follow the full length.
+            length, count_tokens = length - self._count_tokens.added, self._count_tokens
+        return draw(task, length, key.seed, key.index, count_tokens, self.depth(key))
 
     def depth(self, key: Key) -> float | None:
         return self._settings.depth(key.index) if TASKS[key.task].has_depth else None

@@ -26,6 +26,10 @@ class TokenCounter:
         """Tokens of a piece of text, without special ones."""
         return _count(self.tokenizer, text, False)
 
+    def whole(self, text: str) -> int:
+        """Tokens of a text as the server reads it."""
+        return self(text) + self.added
+
 
 def load_tokenizer(name: str, api: Api) -> TokenCounter:
     """

@@ -11,6 +11,7 @@ import re
 import shutil
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,7 +31,7 @@ from sglang_tokenselect.evaluation.settings import Key, Run, Settings, Target
 from sglang_tokenselect.evaluation.store import Record, open_store, read_records, read_run, samples_path
 from sglang_tokenselect.evaluation.tasks.registry import SUITES, TASKS
 from sglang_tokenselect.evaluation.tasks.sample import Sample
-from sglang_tokenselect.evaluation.tokenizer import added_tokens, load_tokenizer
+from sglang_tokenselect.evaluation.tokenizer import TokenCounter, added_tokens, load_tokenizer
 from sglang_tokenselect.needle import checkpoint_path
 
 SETTINGS = Settings(
@@ -586,7 +587,23 @@ def test_both_servers_must_have_one_tokenizer():
         command.common_tokenizer(servers)
 
 
-def test_tokens_that_the_server_adds_are_left_room_for(tokenizer):
+@pytest.mark.parametrize("task", ["needle_multi_value", "niah_single_2", "kv_retrieval", "cwe"])
+def test_what_the_server_adds_is_left_room_for(task):
+    """And changes nothing else: below a length of 4,096 cwe has other lists."""
+    words = SimpleNamespace(encode=lambda text, add_special_tokens: text.split())
+    length, texts = 4096, {}
+    for added in (0, 100):
+        drawer = run.Drawer(SETTINGS, TokenCounter(words, added))
+        sample = drawer.draw(Key("", task, length, 0, 0))
+        text = sample.prompt + sample.answer_prefix
+        assert 0.95 * length < len(text.split()) + sample.max_tokens + added <= length
+        texts[added] = text
+    if task == "cwe":
+        most_common = [max(Counter(re.findall(r"[a-z]+", text)).values()) for text in texts.values()]
+        assert min(most_common) >= 30
+
+
+def test_tokens_that_the_server_adds_are_told_by_the_tokenizer(tokenizer):
     assert load_tokenizer(tokenizer, "completions").added == 0
     assert load_tokenizer(str(checkpoint_path()), "chat").added == 0
     template = SimpleNamespace(
