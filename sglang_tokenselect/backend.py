@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,7 @@ from sglang_tokenselect.create_runner import create_runner
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.patches import chunk_alignment, decode_graphs, install
-from sglang_tokenselect.planner import RequestPlan, StagedRequests, plan_forward
+from sglang_tokenselect.planner import StagedRequests, plan_forward
 from sglang_tokenselect.prefix_groups import PrefixGroups
 from sglang_tokenselect.request_options import parse_options
 from sglang_tokenselect.runner import Graph, LayerInput, Runner, Step
@@ -180,16 +179,15 @@ class TokenSelectAttnBackend(AttentionBackend):
         else:
             if save_kv_cache:
                 self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
-            out = self.runner.run(*self._runner_input(q, layer)).flatten(1)
+            layer_input = LayerInput.of_pool(self.token_to_kv_pool, layer.layer_id, layer.scaling, layer.logit_cap)
+            query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+            out = self.runner.run(query, layer_input).flatten(1)
         if self._recorder is not None:
-            self._recorder.record(*self._runner_input(q, layer), partial(self._attended_positions, layer.layer_id))
+            self._record(q, layer)
         return out
 
     forward_extend = forward_decode
 
-    def _runner_input(self, q: torch.Tensor, layer: RadixAttention) -> tuple[torch.Tensor, LayerInput]:
+    def _record(self, q: torch.Tensor, layer: RadixAttention) -> None:
         layer_input = LayerInput.of_pool(self.token_to_kv_pool, layer.layer_id, layer.scaling, layer.logit_cap)
-        return q.view(-1, layer.tp_q_head_num, layer.head_dim), layer_input
-
-    def _attended_positions(self, layer_id: int, request: RequestPlan) -> torch.Tensor | None:
-        return None if self.runner.delegates(layer_id) else self.runner.attended_positions(request)
+        self._recorder.record(q.view(-1, layer.tp_q_head_num, layer.head_dim), layer_input)

@@ -4,22 +4,23 @@
 from __future__ import annotations
 
 import argparse
-import math
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sglang_tokenselect.demo_questions import LENGTHS, QUESTIONS, SEEDS
+from sglang_tokenselect.evaluation import options as evaluation_options
+from sglang_tokenselect.fidelity import options as fidelity_options
+from sglang_tokenselect.parsers import parse_within
+from sglang_tokenselect.trace import options as trace_options
 
 DEFAULT_LENGTHS = (4096, 8192, 16384, 32768)
 DEFAULT_PUBLISH = "tcp://127.0.0.1:30100"
 DEFAULT_CONTROL = "tcp://127.0.0.1:30101"
 DEFAULT_TIMEOUT = 5.0
 MAX_SECONDS = 86400
-FIDELITY_STEPS = range(1, 1025)
-TRACED_TOKENS = range(2, 1025)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,17 +58,6 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
-def parse_within(bounds: range) -> Callable[[str], int]:
-    """A parser of integers in `bounds`."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) not in bounds:
-            raise argparse.ArgumentTypeError(f"expected an integer from {bounds.start} to {bounds[-1]}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
 def parse_endpoint(text: str) -> str:
     # Only here, since it imports what takes two seconds: torch.
     from sglang_tokenselect.config import ConfigError, check_endpoint
@@ -87,16 +77,6 @@ def parse_seconds(text: str) -> float:
     if not 0.0 < seconds <= MAX_SECONDS:
         raise argparse.ArgumentTypeError(f"expected seconds above 0 and up to {MAX_SECONDS}, got {text!r}")
     return seconds
-
-
-def parse_share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0.0 < share < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return share
 
 
 def _parse_setting(text: str) -> tuple[str, Any]:
@@ -179,36 +159,10 @@ def _run_ctl(args: argparse.Namespace) -> int:
     return run_ctl(request, args.endpoint, as_json=args.json, timeout=args.timeout)
 
 
-def _add_trace_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page, such as trace.html")
-    parser.add_argument("--prompt", type=Path, metavar="FILE", help="a text to ask (default: a needle question)")
-    parser.add_argument("--mark", metavar="TEXT", help="marks this text wherever the prompt has it")
-    parser.add_argument(
-        "--tokens", type=parse_within(TRACED_TOKENS), metavar="N", help="of the answer, at most (default: 32)"
-    )
-    parser.add_argument("--model-path", metavar="MODEL", help="served instead of the shipped checkpoint")
-    parser.add_argument("server_flags", nargs="*", metavar="-- FLAG", help="more flags of sglang.launch_server")
-
-
 def _run_trace(args: argparse.Namespace) -> int:
-    # Only here, since it imports what takes seconds: torch and the OpenAI client.
-    from sglang_tokenselect.trace.command import TraceOptions, run_trace
+    from sglang_tokenselect.trace.command import run_trace
 
-    options = TraceOptions(
-        out=args.out,
-        model_path=args.model_path,
-        prompt=args.prompt,
-        mark=args.mark,
-        num_tokens=args.tokens,
-        server_flags=args.server_flags,
-    )
-    return run_trace(options)
-
-
-def _add_eval_options(parser: argparse.ArgumentParser) -> None:
-    from sglang_tokenselect.evaluation.options import add_options
-
-    add_options(parser)
+    return run_trace(trace_options.TraceOptions.of(args))
 
 
 def _run_eval(args: argparse.Namespace) -> int:
@@ -217,42 +171,10 @@ def _run_eval(args: argparse.Namespace) -> int:
     return run_eval(args)
 
 
-def _add_fidelity_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of fidelity.csv and .png")
-    parser.add_argument("--model-path", metavar="MODEL", help="served instead of the shipped checkpoint")
-    parser.add_argument(
-        "--prompts", type=Path, nargs="+", default=(), metavar="FILE", help="texts to ask (default: needle questions)"
-    )
-    parser.add_argument(
-        "--tokens",
-        type=parse_within(FIDELITY_STEPS),
-        default=8,
-        metavar="N",
-        help="decode steps of each prompt (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-error",
-        type=parse_share,
-        default=0.1,
-        metavar="SHARE",
-        help="relative output error, mean of a layer's heads, beyond which it should be dense (default: %(default)s)",
-    )
-    parser.add_argument("server_flags", nargs="*", metavar="-- FLAG", help="more flags of sglang.launch_server")
-
-
 def _run_fidelity(args: argparse.Namespace) -> int:
-    # Only here, since it imports what takes seconds: torch, matplotlib and the OpenAI client.
-    from sglang_tokenselect.fidelity.command import FidelityOptions, run_fidelity
+    from sglang_tokenselect.fidelity.command import run_fidelity
 
-    options = FidelityOptions(
-        out=args.out,
-        model_path=args.model_path,
-        prompts=tuple(args.prompts),
-        num_steps=args.tokens,
-        max_error=args.max_error,
-        server_flags=tuple(args.server_flags),
-    )
-    return run_fidelity(options)
+    return run_fidelity(fidelity_options.FidelityOptions.of(args))
 
 
 def _add_timeout(parser: argparse.ArgumentParser, help: str) -> None:
@@ -287,17 +209,17 @@ COMMANDS = {
     ),
     "eval": (
         "Asks any OpenAI-compatible server about long texts of synthetic tasks, and scores what it answers.",
-        _add_eval_options,
+        evaluation_options.add_options,
         _run_eval,
     ),
     "trace": (
         "Asks a server one prompt and writes a page that shows what each step of the answer attended to.",
-        _add_trace_options,
+        trace_options.add_options,
         _run_trace,
     ),
     "fidelity": (
         "Measures, layer by layer, how much of a model's dense attention a selection keeps, and what should be dense.",
-        _add_fidelity_options,
+        fidelity_options.add_options,
         _run_fidelity,
     ),
 }

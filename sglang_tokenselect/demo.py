@@ -8,7 +8,6 @@ that the times are those of a server that has the machine to itself.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from sglang_tokenselect.demo_questions import draw_samples, short_question, toke
 from sglang_tokenselect.demo_view import View, open_view
 from sglang_tokenselect.needle import checkpoint_path, tasks
 from sglang_tokenselect.needle_server import needle_server
-from sglang_tokenselect.server_process import ServerProcess
+from sglang_tokenselect.server_process import ServerProcess, allow_loopback
 
 IS_DENSE = {"tokenselect": False, "dense": True}
 # Greedy answers are the same on each run of a machine; another machine's rounding may turn a close one.
@@ -162,12 +161,6 @@ def start(servers: dict[str, ServerProcess], view: View) -> None:
             server.wait_until_ready(START_TIMEOUT)
         except RuntimeError:
             raise SystemExit(f"{name}: expected a server, got none; the end of its log is above") from None
-
-
-def allow_loopback() -> None:
-    """Requests to the servers go to this machine, whatever proxy the environment names."""
-    for name in ("no_proxy", "NO_PROXY"):
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
 
 
 @contextmanager

@@ -186,7 +186,7 @@ class GpuDecode:
         )
 
     def attended_positions(self, request: RequestPlan) -> torch.Tensor:
-        """See Runner.attended_positions; of a request that selects. Waits for the device."""
+        """Of a request that selects, in the layer that ran last. Waits for the device."""
         lists, row = self._step.lists, request.first_query
         attended = lists.kv_indices[lists.kv_indptr_cpu[row] : lists.kv_indptr_cpu[row + 1]]
         slots = self._req_to_token[request.req_pool_idx, : request.seq_len]

@@ -122,9 +122,10 @@ class GpuRunner(Runner):
     def delegates(self, layer_id: int) -> bool:
         return self._delegated or layer_id not in self._layer_ids
 
-    def attended_positions(self, request: RequestPlan) -> torch.Tensor | None:
-        is_sparse = request.seq_len > self.decode_window_of(request).dense_len
-        return self._decode.attended_positions(request) if is_sparse else None
+    def attended_positions(self, request: RequestPlan, layer_id: int) -> torch.Tensor | None:
+        if self.delegates(layer_id) or request.seq_len <= self.decode_window_of(request).dense_len:
+            return None
+        return self._decode.attended_positions(request)
 
     def rope_of(self, layer_id: int) -> Rope | None:
         return self._rope

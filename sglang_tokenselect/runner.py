@@ -138,8 +138,8 @@ class Runner:
     def refresh_counters(self) -> None:
         """Has the device send its counters, without waiting for them."""
 
-    def attended_positions(self, request: RequestPlan) -> torch.Tensor | None:
-        """What a decode query attended to in the layer that was run last; only with the option `record`.
+    def attended_positions(self, request: RequestPlan, layer_id: int) -> torch.Tensor | None:
+        """What the query of a decode step attended to in a layer, until the next layer runs.
 
         Returns:
             [t] int64 ascending; None: everything.

@@ -49,14 +49,12 @@ class TorchRunner(Runner):
         self._sampled_layers = sampled_layers
         self._sampling = MassSampling(config.mass_every, len(sampled_layers))
         self._sampled: tuple[int, RequestPlan] | None = None
-        self._attended: dict[RequestPlan, torch.Tensor | None] = {}
 
     def begin(
         self, plan: ForwardPlan, forward_batch: Any = None, graph: Graph = Graph.NONE, *, step: Step | None = None
     ) -> None:
         """A prefill ends what is cached for its rows, whoever had them before."""
         self._plan, self._sampled = plan, None
-        self._attended.clear()
         if plan.is_decode:
             self.counters.count_decode(plan, self.decode_window, self.min_group)
             self._choose_sample(plan)
@@ -82,23 +80,21 @@ class TorchRunner(Runner):
 
     def _decode(self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan) -> torch.Tensor:
         window = self.decode_window_of(request)
-        if self._is_dense(layer) or request.seq_len <= window.dense_len:
-            self._keep_attended(request, None)
+        if self._attends_to_everything(request, layer.layer_id, window):
             return self._attend(query, kv, slice(None), layer)
-        selection = self._selection(query[0], kv, layer, request, window)
-        age = request.seq_len - selection.seq_len
-        positions = window.positions(selection.ranked, request.seq_len, age=age)
-        self._keep_attended(request, positions)
+        positions = _positions(self._selection(query[0], kv, layer, request, window), request, window)
         if self._sampled == (layer.layer_id, request):
             self._sample_mass(query[0], kv, positions, layer)
         return self._attend(query, kv, positions, layer)
 
-    def _keep_attended(self, request: RequestPlan, positions: torch.Tensor | None) -> None:
-        if self.config.record is not None:
-            self._attended[request] = positions
+    def attended_positions(self, request: RequestPlan, layer_id: int) -> torch.Tensor | None:
+        window = self.decode_window_of(request)
+        if self._attends_to_everything(request, layer_id, window):
+            return None
+        return _positions(self._cached[request.req_pool_idx][layer_id], request, window)
 
-    def attended_positions(self, request: RequestPlan) -> torch.Tensor | None:
-        return self._attended[request]
+    def _attends_to_everything(self, request: RequestPlan, layer_id: int, window: Window) -> bool:
+        return layer_id in self.config.dense_layers or request.seq_len <= window.dense_len
 
     def rope_of(self, layer_id: int) -> Rope | None:
         return self._ropes.get(layer_id)
@@ -143,7 +139,8 @@ class TorchRunner(Runner):
     def _extend(self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan) -> torch.Tensor:
         config, start, end = self.config, request.prefix_len, request.seq_len
         window = self.extend_window_of(request)
-        sparse = end if self._is_dense(layer) else first_sparse_position(start, end, config.block, window)
+        is_dense = layer.layer_id in config.dense_layers
+        sparse = end if is_dense else first_sparse_position(start, end, config.block, window)
         out = torch.empty_like(query)
         if sparse > start:
             out[: sparse - start] = self._attend(query[: sparse - start], kv, slice(0, sparse), layer)
@@ -183,5 +180,7 @@ class TorchRunner(Runner):
         rope = self._ropes.get(layer.layer_id)
         return attend_positions(query, kv, positions, scaling=layer.scaling, logit_cap=layer.logit_cap, rope=rope)
 
-    def _is_dense(self, layer: LayerInput) -> bool:
-        return layer.layer_id in self.config.dense_layers
+
+def _positions(selection: CachedSelection, request: RequestPlan, window: Window) -> torch.Tensor:
+    """What a decode query attends to by a selection, of this step or of one before."""
+    return window.positions(selection.ranked, request.seq_len, age=request.seq_len - selection.seq_len)

@@ -61,7 +61,7 @@ def finish(axes: Axes, title: str, label: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def draw_policies(cells: Cells, about: dict[str, str]) -> Figure:
+def draw_policies(cells: Cells, rows: Sequence[Row], about: dict[str, str]) -> Figure:
     budgets, lengths = [budget for budget in order(cells, 1) if budget], order(cells, 2)
     size = (PANEL_INCHES[0] * len(budgets), PANEL_INCHES[1] + 0.6)
     figure, panels = plt.subplots(1, len(budgets), figsize=size, sharey=True, squeeze=False)
@@ -79,7 +79,7 @@ def draw_policies(cells: Cells, about: dict[str, str]) -> Figure:
         finish(axes, f"budget {int(budget):,}, {int(budget) + WINDOWS:,} attended", "tokens of the prompt")
     panels[0][0].set_ylabel("score, mean of four tasks", fontsize=9, color=INK)
     panels[0][0].legend(frameon=False, fontsize=9, loc="lower left")
-    return titled(figure, "Who is chosen, at equal attended tokens", about)
+    return titled(figure, "Who is chosen, at equal attended tokens", rows, about)
 
 
 def draw_options(cells: Cells, rows: Sequence[Row], about: dict[str, str]) -> Figure:
@@ -97,15 +97,17 @@ def draw_options(cells: Cells, rows: Sequence[Row], about: dict[str, str]) -> Fi
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
     finish(left, "Prefill: queries of a sub-block", "sub_block, of a block of 128")
+    left.set_ylim(0.9, 1.005)
     finish(right, "Decode: selections that are reused", "hit ratio")
     left.set_ylabel("score, mean of four tasks", fontsize=9, color=INK)
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8, loc="lower left")
-    return titled(figure, "What options cost", about)
+    return titled(figure, "What options cost", rows, about)
 
 
-def titled(figure: Figure, title: str, about: dict[str, str]) -> Figure:
-    where = f"needle checkpoint, compact positions, {about['machine']}, SGLang {about['sglang']}"
+def titled(figure: Figure, title: str, rows: Sequence[Row], about: dict[str, str]) -> Figure:
+    machines = about.get("machine") or ", ".join(dict.fromkeys(row["machine"] for row in rows))
+    where = f"needle checkpoint, compact positions, {machines}, SGLang {about['sglang']}"
     figure.suptitle(f"{title}\n{where}", x=0.01, ha="left", fontsize=10.5, color=INK)
     figure.tight_layout()
     return figure
@@ -115,7 +117,7 @@ def draw(paths: Sequence[Path]) -> Figure:
     files = [read_csv(path) for path in paths]
     rows = [row for _, rows in files for row in rows]
     cells, about = read_cells(rows), files[0][0]
-    return draw_policies(cells, about) if OURS in order(cells, 0) else draw_options(cells, rows, about)
+    return (draw_policies if OURS in order(cells, 0) else draw_options)(cells, rows, about)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ from sglang_tokenselect.needle_server import needle_server
 from sglang_tokenselect.server_process import ServerProcess
 
 MEASURED = "measured.json"
+SETTING = ("commit", "machine", "sglang", "torch")
+"""Of each cell; what is the same for all goes into the file's comment lines."""
 START_TIMEOUT = 420.0
 FLAGS = (
     *("--context-length", str(CONTEXT_LENGTH), "--max-total-tokens", "600000"),
@@ -126,7 +128,7 @@ def main() -> None:
     folders = {variant: args.csv.with_suffix("") / variant.name.replace(" ", "_") for variant in variants}
     ask_servers([v for v in variants if unfinished(v, folders[v])], folders, args.device)
     found = [row for variant in variants for row in rows(variant, folders[variant])]
-    common = {name: found[0][name] for name in setting(args.device) if len({row[name] for row in found}) == 1}
+    common = {name: found[0][name] for name in SETTING if len({row[name] for row in found}) == 1}
     varying = [{name: value for name, value in row.items() if name not in common} for row in found]
     about = {**common, "positions": "compact", "tokenselect": version("sglang-tokenselect")}
     write_csv(args.csv, varying, about, "python " + " ".join(sys.argv))

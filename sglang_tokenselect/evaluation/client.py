@@ -52,7 +52,7 @@ class Client:
         begin = time.monotonic()
         try:
             response = await self._send(sample)
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, ValueError) as error:  # ValueError: what says that it is JSON is not
             raise RequestFailed(f"{type(error).__name__}: {error}") from None
         return _reply(response, time.monotonic() - begin)
 
@@ -83,7 +83,9 @@ def _reply(response: Any, seconds: float) -> Reply:
         raise RequestFailed(f"finish_reason: expected stop or length, got {choice.finish_reason!r}")
     message = getattr(choice, "message", None)
     # A chat model that was still thinking at its last token has said nothing.
-    text = (message.content or "") if message else choice.text
+    text = (message.content or "") if message else getattr(choice, "text", None)
+    if not isinstance(text, str):
+        raise RequestFailed(f"text: expected one, got {str(choice)[:200]!r}")
     usage: Mapping[str, Any] = response.usage.model_dump() if response.usage else {}
     return Reply(
         prediction=text,

@@ -6,22 +6,25 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
 
 import sglang_tokenselect
-from sglang_tokenselect.demo import allow_loopback, attended_between
+from sglang_tokenselect.demo import attended_between
 from sglang_tokenselect.evaluation.client import Client
 from sglang_tokenselect.evaluation.discover import Server, discover, read_counters
+from sglang_tokenselect.evaluation.drawer import Drawer
 from sglang_tokenselect.evaluation.options import depths_of, named_urls
 from sglang_tokenselect.evaluation.report import write_reports
-from sglang_tokenselect.evaluation.run import Drawer, ask_targets
+from sglang_tokenselect.evaluation.run import ask_targets
 from sglang_tokenselect.evaluation.settings import Key, Run, Settings, Target
 from sglang_tokenselect.evaluation.store import Record, Store, joined, open_store, read_records, read_run
 from sglang_tokenselect.evaluation.table import print_table
 from sglang_tokenselect.evaluation.tokenizer import load_tokenizer
 from sglang_tokenselect.evaluation.view import Tally, open_view
+from sglang_tokenselect.server_process import allow_loopback
 
 LIBRARIES = ("openai", "transformers", "tokenizers")
 
@@ -37,13 +40,14 @@ def run_eval(args: argparse.Namespace) -> int:
     run = joined(args.out, plan(args, servers))
     check_longest(run.settings, servers)
     drawer = Drawer(run.settings, load_tokenizer(run.settings.tokenizer, args.api))
-    check_shortest(run.settings, drawer)
+    check_lengths(run.settings, drawer)
     with open_store(args.out, run) as (run, store):
-        before = {name: read_counters(server.url, args.api_key) for name, server in servers.items()}
+        before = all_counters(servers, args.api_key)
         failure = ask(console, args, run, servers, drawer, store)
+        after = all_counters(servers, args.api_key)
         report(console, args.out, run, store.records)
-    for name, server in servers.items():
-        say(console, attended_text(name, before[name], read_counters(server.url, args.api_key)))
+    for name in servers:
+        say(console, attended_text(name, before[name], after[name]))
     if failure:
         say(console, f"Stopped: {failure}")
     num_failed = sum(record.error is not None for key, record in store.records.items() if key.target in servers)
@@ -89,17 +93,17 @@ def check_longest(settings: Settings, servers: Mapping[str, Server]) -> None:
             )
 
 
-def check_shortest(settings: Settings, drawer: Drawer) -> None:
-    """
+def check_lengths(settings: Settings, drawer: Drawer) -> None:
+    """Each length of each task, since a longer one may have less room left: cwe repeats its words more often there.
+
     Raises:
-        SystemExit: a task has no room in the shortest texts.
+        SystemExit: a length does not do for a task.
     """
-    shortest = min(settings.lengths)
-    for task in settings.tasks:
+    for length, task in product(sorted(settings.lengths), settings.tasks):
         try:
-            drawer.draw(Key("", task, shortest, settings.seeds[0], 0))
+            drawer.check(Key("", task, length, settings.seeds[0], 0))
         except ValueError as error:
-            raise SystemExit(f"--lengths: {task} does not fit in {shortest:,} tokens; {error}") from None
+            raise SystemExit(f"--lengths: {task} cannot be asked in {length:,} tokens; {error}") from None
 
 
 def ask(
@@ -128,12 +132,21 @@ def report(console: Console, folder: Path, run: Run, records: Mapping[Key, Recor
     say(console, f"Reports: {folder}")
 
 
+def all_counters(servers: Mapping[str, Server], api_key: str | None) -> dict[str, dict[str, int]]:
+    return {name: read_counters(server.url, api_key) for name, server in servers.items()}
+
+
 def attended_text(name: str, before: Mapping[str, int], after: Mapping[str, int]) -> str | None:
-    """What decode of a TokenSelect server read meanwhile; None from other servers."""
+    """What decode of a TokenSelect server read meanwhile, on average; None from other servers."""
+    if any(after.get(name, 0) < count for name, count in before.items()):
+        return None  # It has ended or begun anew.
     read = attended_between(dict(before), dict(after))
     if not read:
         return None
-    return f"{name}: a decode step attended to {read['attended']:,.0f} tokens, {read['attended_share']:.1%} of all"
+    attended, share = read["attended"], read["attended_share"]
+    if share == 1:
+        return f"{name}: each decode step attended to all cached tokens, {attended:,.0f} on average"
+    return f"{name}: a decode step attended to {attended:,.0f} of {attended / share:,.0f} cached tokens, {share:.1%}"
 
 
 def say(console: Console, text: str | None) -> None:

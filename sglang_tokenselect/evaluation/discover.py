@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 
 TIMEOUT = 30.0
+MODELS_ROUTE = "/v1/models"
+FORBIDDEN = (401, 403)
 # Older SGLang servers know the second only.
 MODEL_ROUTES = ("/model_info", "/get_model_info")
 # Options of TokenSelect that change no answer: where it tells what it does, and from where it is told.
@@ -44,8 +46,11 @@ class Asker:
 
         Raises:
             httpx.HTTPError: no server answered.
+            SystemExit: the server tells nobody its models without another key.
         """
         response = httpx.get(self.url + path, headers=self._headers, timeout=TIMEOUT)
+        if path == MODELS_ROUTE and response.status_code in FORBIDDEN:
+            raise SystemExit(f"--api-key: expected one that {self.url} takes, got HTTP status {response.status_code}")
         try:
             content = response.json() if response.is_success else {}
         except ValueError:
@@ -63,11 +68,11 @@ def discover(url: str, api_key: str | None, model: str | None) -> Server:
         model: to ask for; None is the first that the server lists.
 
     Raises:
-        SystemExit: no such server, or no model.
+        SystemExit: no such server, no access, or no model.
     """
     asker = Asker(url, api_key)
     try:
-        listed = [entry for entry in asker.get("/v1/models").get("data") or () if isinstance(entry, dict)]
+        listed = [entry for entry in asker.get(MODELS_ROUTE).get("data") or () if isinstance(entry, dict)]
         info = next(filter(None, map(asker.get, MODEL_ROUTES)), {})
         facts = _facts(asker.get("/server_info"))
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -75,7 +80,7 @@ def discover(url: str, api_key: str | None, model: str | None) -> Server:
     entry = next((entry for entry in listed if model in (None, entry.get("id"))), {})
     name = model or entry.get("id")
     if not name:
-        raise SystemExit(f"{url}: expected a model at {asker.url}/v1/models, got none; name it with --model")
+        raise SystemExit(f"{url}: expected a model at {asker.url}{MODELS_ROUTE}, got none; name it with --model")
     return Server(
         url=asker.url,
         model=name,

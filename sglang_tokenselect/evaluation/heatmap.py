@@ -76,7 +76,7 @@ def draw(grid: Grid, targets: Mapping[str, Scores]) -> Figure:
     )
     for axes, (name, scores) in zip(panels[0], targets.items(), strict=True):
         image = draw_panel(axes, grid, scores)
-        axes.set_title(name, loc="left", fontsize=10, color=INK)
+        axes.set_title(name, loc="left", fontsize=10, color=INK, parse_math=False)
         axes.set_xlabel("length (tokens)", fontsize=9, color=INK)
     panels[0][0].set_ylabel(grid.label, fontsize=9, color=INK)
     bar = figure.colorbar(image, ax=panels[0].tolist(), aspect=30, pad=0.02)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_tokenselect.evaluation import heatmap
-from sglang_tokenselect.evaluation.scores import SeedCell, cells, depth_cells, differences, seed_cells
+from sglang_tokenselect.evaluation.scores import SeedCell, cells, depth_cells, differences, has_depth_score, seed_cells
 from sglang_tokenselect.evaluation.settings import Key, Run
 from sglang_tokenselect.evaluation.store import Record, write_json
 
@@ -22,13 +22,10 @@ def write_reports(folder: Path, run: Run, records: Mapping[Key, Record]) -> list
     by_seed = seed_cells(run, records)
     write_json(folder / "results.json", results(run, records, by_seed))
     write_csv(folder / "results.csv", by_seed)
-    depth_tasks = [task for task in run.settings.tasks if any(has_depth(record, task) for record in records.values())]
+    asked = {record.task for record in records.values() if has_depth_score(record)}
+    depth_tasks = [task for task in run.settings.tasks if task in asked]
     heatmap.write_figures(folder, run, cells(run, by_seed), depth_cells(records), depth_tasks)
     return by_seed
-
-
-def has_depth(record: Record, task: str) -> bool:
-    return record.task == task and record.depth is not None
 
 
 def results(run: Run, records: Mapping[Key, Record], by_seed: Sequence[SeedCell]) -> dict[str, Any]:

@@ -4,23 +4,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from sglang_tokenselect.evaluation.client import Client, RequestFailed
-from sglang_tokenselect.evaluation.settings import Key, Settings
+from sglang_tokenselect.evaluation.drawer import Drawer, Question
+from sglang_tokenselect.evaluation.settings import Key
 from sglang_tokenselect.evaluation.store import Record, Store
-from sglang_tokenselect.evaluation.tasks.registry import TASKS, draw
+from sglang_tokenselect.evaluation.tasks.registry import TASKS
 from sglang_tokenselect.evaluation.tasks.sample import Sample
-from sglang_tokenselect.evaluation.tokenizer import TokenCounter
 
 # So many failed requests of a target, and as many as are under way at once, with no answer between them end the run.
 MAX_FAILURES_IN_ROW = 4
-# Prompts that have so much of their beginning in common are about one text.
-SHARED = 0.5
 
-Question = tuple[Key, Sample]
 Show = Callable[[Record], None]
 
 
@@ -64,64 +60,6 @@ def _first_leaf(group: BaseExceptionGroup) -> BaseException:
     return _first_leaf(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-class Drawer:
-    """Draws samples in a thread, one at a time, since a tokenizer need not be safe for several."""
-
-    def __init__(self, settings: Settings, count_tokens: TokenCounter) -> None:
-        self._settings = settings
-        self._count_tokens = count_tokens
-        self._pool = ThreadPoolExecutor(max_workers=1)
-
-    def draw(self, key: Key) -> Sample:
-        """
-        Raises:
-            ValueError: the length has no room for the task.
-        """
-        task, length, count_tokens = TASKS[key.task], key.length, self._count_tokens.whole
-        if task.suite == "needle":
-            # It adds up counts of sentences. The others count whole texts, and cwe's lists follow the full length.
-            length, count_tokens = length - self._count_tokens.added, self._count_tokens
-        return draw(task, length, key.seed, key.index, count_tokens, self.depth(key))
-
-    def depth(self, key: Key) -> float | None:
-        return self._settings.depth(key.index) if TASKS[key.task].has_depth else None
-
-    async def groups(self, keys: Iterable[Key]) -> AsyncIterator[list[Question]]:
-        """Questions that follow each other and share a text, together."""
-        loop, groups = asyncio.get_running_loop(), group_by_text((key, self.draw(key)) for key in in_order(keys))
-        while group := await loop.run_in_executor(self._pool, next, groups, None):
-            yield group
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
-def in_order(keys: Iterable[Key]) -> list[Key]:
-    """Keys by length, seed and index, as they are to be asked.
-
-    Questions about one text follow each other: where tasks share texts, those of an index do. A task with a depth has a
-    text of its own for each question.
-    """
-    return sorted(keys, key=lambda key: (key.length, key.seed, TASKS[key.task].has_depth))
-
-
-def group_by_text(questions: Iterable[Question]) -> Iterator[list[Question]]:
-    """Runs of questions whose prompts begin alike. A run is complete when the next question is drawn."""
-    group: list[Question] = []
-    for key, sample in questions:
-        if group and not shares_text(group[0][1].prompt, sample.prompt):
-            yield group
-            group = []
-        group.append((key, sample))
-    if group:
-        yield group
-
-
-def shares_text(one: str, other: str) -> bool:
-    common = len(os.path.commonprefix((one, other)))
-    return common > SHARED * max(len(one), len(other))
-
-
 class TargetRun:
     """All questions to one target."""
 
@@ -142,7 +80,7 @@ class TargetRun:
             TooManyFailures: as an ExceptionGroup of it.
         """
         async with asyncio.TaskGroup() as tasks:
-            async for group in self._drawer.groups(keys):
+            async for group in self._drawer.groups(keys, self._refuse):
                 await self._groups.acquire()
                 tasks.create_task(self._ask_group(group))
 
@@ -158,22 +96,27 @@ class TargetRun:
             self._groups.release()
 
     async def _ask(self, key: Key, sample: Sample) -> None:
-        asked = {**key._asdict(), "depth": self._drawer.depth(key), "answers": sample.answers}
         async with self._requests:
             try:
                 reply = await self._client.ask(sample)
             except RequestFailed as failure:
-                self._add(Record(**asked, error=str(failure)))
+                self._add(key, sample.answers, error=str(failure))
                 self._count_failure(key, failure)
                 return
         self._failures = 0
-        self._add(Record(**asked, **vars(reply), score=TASKS[key.task].score(reply.prediction, sample.answers)))
+        score = TASKS[key.task].score(reply.prediction, sample.answers)
+        self._add(key, sample.answers, **vars(reply), score=score)
+
+    def _refuse(self, key: Key, reason: ValueError) -> None:
+        """The server has not failed, so the run goes on."""
+        self._add(key, (), error=f"not asked; {reason}")
 
     def _count_failure(self, key: Key, failure: RequestFailed) -> None:
         self._failures += 1
         if self._failures == self._max_failures:
             raise TooManyFailures(f"{key.target}: {self._failures} requests in a row failed, the last with: {failure}")
 
-    def _add(self, record: Record) -> None:
+    def _add(self, key: Key, answers: tuple[str, ...], **outcome: Any) -> None:
+        record = Record(*key, depth=self._drawer.depth(key), answers=answers, **outcome)
         self._store.add(record)
         self._show(record)

@@ -120,9 +120,13 @@ def cell_key(cell: SeedCell) -> tuple[str, int, int]:
     return cell.task, cell.length, cell.seed
 
 
+def has_depth_score(record: Record) -> bool:
+    return record.error is None and record.depth is not None
+
+
 def depth_cells(records: Mapping[Key, Record]) -> list[DepthCell]:
     found = defaultdict(list)
     for record in records.values():
-        if record.error is None and record.depth is not None:
+        if has_depth_score(record):
             found[record.target, record.depth, record.length].append(record.score)
     return [DepthCell(*where, len(scores), statistics.fmean(scores)) for where, scores in sorted(found.items())]

@@ -73,9 +73,10 @@ def open_store(folder: Path, run: Run) -> Iterator[tuple[Run, Store]]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        file = samples_path(folder).open("a+", encoding="utf-8")
     except OSError as error:
-        raise SystemExit(f"--out: expected a folder or a place for one, got {error}") from None
-    with samples_path(folder).open("a+", encoding="utf-8") as file:
+        raise SystemExit(f"--out: expected a folder to write to or a place for one, got {error}") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -128,7 +129,7 @@ def read_records(folder: Path) -> dict[Key, Record]:
 def write_json(path: Path, values: Any) -> None:
     """Whole or not at all."""
     draft = path.with_name(path.name + ".draft")
-    draft.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     draft.replace(path)
 
 

@@ -38,17 +38,17 @@ def load_tokenizer(name: str, api: Api) -> TokenCounter:
         api: how the texts will be sent.
 
     Raises:
-        SystemExit: it cannot be loaded.
+        SystemExit: it cannot be loaded, or cannot do what its model's chats need.
     """
     try:
         tokenizer = _load(name)
-    except Exception as error:  # of many kinds, from the hub's client, from transformers and from files
+        return TokenCounter(tokenizer, added_tokens(tokenizer, api))
+    except Exception as error:  # of many kinds, from the hub's client, from transformers, from files and chat templates
         reason = str(error).strip().splitlines()[:1] or [repr(error)]
         raise SystemExit(
             f"tokenizer: expected one in {name!r}, got {type(error).__name__}: {reason[0]}\n"
             "Give the folder or name of the model's tokenizer with --tokenizer."
         ) from None
-    return TokenCounter(tokenizer, added_tokens(tokenizer, api))
 
 
 def _load(name: str) -> Any:

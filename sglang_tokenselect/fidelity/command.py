@@ -3,62 +3,31 @@
 
 from __future__ import annotations
 
-import tempfile
-import urllib.error
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 
 from sglang_tokenselect.config import TokenSelectConfig
-from sglang_tokenselect.demo import allow_loopback
 from sglang_tokenselect.fidelity.figure import write_figure
+from sglang_tokenselect.fidelity.options import FidelityOptions
 from sglang_tokenselect.fidelity.prompts import read_prompts
 from sglang_tokenselect.fidelity.summary import Summary
-from sglang_tokenselect.needle_server import needle_server
 from sglang_tokenselect.recording.recording import Recording
-from sglang_tokenselect.recording.session import generate_recorded, record_flags
+from sglang_tokenselect.recording.session import recording_session
 from sglang_tokenselect.request_options import KEY
-from sglang_tokenselect.server_process import ServerProcess
 
 # Dense attention is only worth comparing with where the model knows its positions: within its trained length.
 NEEDLE_FLAGS = ("--tokenselect-positions", "absolute", "--tokenselect-min-len", "0")
 
 
-@dataclass(frozen=True)
-class FidelityOptions:
-    """
-    Attributes:
-        out: folder of the CSV and the figure.
-        model_path: None is the shipped checkpoint.
-        prompts: text files; none: needle questions, for the shipped checkpoint alone.
-        num_steps: decode steps of each prompt.
-        max_error: mean output error of a layer that selects.
-        server_flags: more flags of sglang.launch_server.
-    """
-
-    out: Path
-    model_path: str | None
-    prompts: tuple[Path, ...]
-    num_steps: int
-    max_error: float
-    server_flags: tuple[str, ...]
-
-
 def run_fidelity(options: FidelityOptions) -> int:
     """Returns the exit code."""
-    if options.model_path and not options.prompts:
-        raise SystemExit("prompts: expected text files with --model-path, got none")
+    if options.server.model_path is not None and not options.prompts:
+        raise SystemExit("--prompts: expected text files with --model-path, got none")
     prompts = read_prompts(options.prompts)
-    options.out.mkdir(parents=True, exist_ok=True)
-    allow_loopback()
-    with tempfile.TemporaryDirectory(prefix="tokenselect-fidelity-") as folder:
-        try:
-            summary = _measure(options, prompts, Path(folder))
-        except urllib.error.HTTPError as error:
-            raise SystemExit(f"server: expected an answer, got {error}: {error.read().decode()[:500]}") from None
-        except RuntimeError as error:
-            raise SystemExit(f"server: {error}") from None
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out: expected a folder, got {error}") from None
+    summary = _measure(options, prompts)
     table, figure = options.out / "fidelity.csv", options.out / "fidelity.png"
     summary.write_csv(table)
     write_figure(summary, options.max_error, figure)
@@ -67,24 +36,15 @@ def run_fidelity(options: FidelityOptions) -> int:
     return 0
 
 
-def _measure(options: FidelityOptions, prompts: dict[str, str], folder: Path) -> Summary:
-    print("SGLang starts", flush=True)
+def _measure(options: FidelityOptions, prompts: dict[str, str]) -> Summary:
     recordings: list[Recording] = []
-    with _server(options, folder) as server:
-        config = TokenSelectConfig.from_options(server.report()["config"])
+    with recording_session(options.server, NEEDLE_FLAGS) as session:
         for name, prompt in prompts.items():
-            recorded = generate_recorded(server, folder, _payload(prompt, options.num_steps))
-            check_prompt(name, recorded.recordings, config)
+            recorded = session.ask(_payload(prompt, options.num_steps))
+            check_prompt(name, recorded.recordings, session.config)
             recordings += recorded.recordings
             print(f"{name}: {recorded.answer['meta_info']['prompt_tokens']:,} tokens", flush=True)
-    return Summary.of(recordings, config)
-
-
-def _server(options: FidelityOptions, folder: Path) -> ServerProcess:
-    """The flags of the recording come last: they win."""
-    if options.model_path is None:
-        return needle_server(False, *NEEDLE_FLAGS, *options.server_flags, *record_flags(folder))
-    return ServerProcess(options.model_path, *options.server_flags, *record_flags(folder))
+    return Summary.of(recordings, session.config)
 
 
 def _payload(prompt: str, num_steps: int) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sglang_tokenselect.demo_questions import draw_samples, short_question, token_counter
 from sglang_tokenselect.needle import checkpoint_path
+from sglang_tokenselect.recording.options import read_prompt
 
 NEEDLE_TOKENS = 4000
 NEEDLE_QUESTIONS = 4
@@ -18,11 +19,4 @@ def read_prompts(paths: Sequence[Path]) -> dict[str, str]:
     if not paths:
         samples = draw_samples(NEEDLE_TOKENS, NEEDLE_QUESTIONS, 0, token_counter(checkpoint_path()))
         return {short_question(sample): sample.prompt for sample in samples}
-    return {str(path): _read(path) for path in paths}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"prompts: expected a text file, got {path} ({error})") from None
+    return {str(path): read_prompt(path, "--prompts") for path in paths}

@@ -6,7 +6,7 @@ For debugging and for the commands `trace` and `fidelity`: it waits for the devi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,6 @@ from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.fidelity.head_group import AttentionRule, largest_weights
 from sglang_tokenselect.fidelity.measure import Fidelity, measure_fidelity
 from sglang_tokenselect.kernels.reference.kv import RequestKV
-from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan, RequestPlan
 from sglang_tokenselect.recording.recording import Recording, recording_paths
 from sglang_tokenselect.runner import LayerInput, Runner
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 
 BUDGETS = (0, 256, 512, 1024, 2048, 4096)
 """Measured beside the configured one."""
-
-Attended = Callable[[RequestPlan], torch.Tensor | None]
-"""[t] int64 ascending, the positions that a request attended to; None: everything."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,8 @@ class Recorder:
         config: TokenSelectConfig,
         layer_ids: Sequence[int],
         req_to_token: torch.Tensor,
+        runner: Runner,
         *,
-        rope_of: Callable[[int], Rope | None] = lambda layer_id: None,
         trained_len: int | None = None,
         sliding_windows: Mapping[int, int] | None = None,
     ) -> None:
@@ -60,13 +56,12 @@ class Recorder:
         Args:
             layer_ids: of all attention layers, ascending.
             req_to_token: [num_rows, max_context_len] int32, the slot of each position of each row.
-            rope_of: a layer's, with compact positions.
             trained_len: tokens up to which the model's own positions are known to it; None: whatever is served.
             sliding_windows: of the layers that have one, how many tokens before its own a query reads.
         """
         self.budgets = tuple(sorted({*BUDGETS, config.budget}))
         self._directory, self._config, self._layer_ids = directory, config, tuple(layer_ids)
-        self._req_to_token, self._rope_of, self._trained_len = req_to_token, rope_of, trained_len
+        self._req_to_token, self._runner, self._trained_len = req_to_token, runner, trained_len
         self._sliding_windows = sliding_windows or {}
         self._requests: tuple[RequestPlan, ...] = ()
         self._records: dict[RequestPlan, dict[int, _LayerRecord]] = {}
@@ -83,18 +78,18 @@ class Recorder:
             config,
             sorted(layer.layer_id for layer in layers),
             model_runner.req_to_token_pool.req_to_token,
-            rope_of=runner.rope_of,
+            runner,
             trained_len=model_runner.model_config.hf_text_config.max_position_embeddings if config.is_compact else None,
             sliding_windows={x.layer_id: x.sliding_window_size for x in layers if x.sliding_window_size > -1},
         )
 
     def begin(self, plan: ForwardPlan) -> None:
         """Before the first layer of each forward."""
-        self._requests = plan.requests if plan.is_decode else ()
-        self._requests = tuple(request for request in self._requests if request.req_pool_idx != PADDING_ROW)
+        decoded = plan.requests if plan.is_decode else ()
+        self._requests = tuple(request for request in decoded if request.req_pool_idx != PADDING_ROW)
         self._records = {request: {} for request in self._requests}
 
-    def record(self, query: torch.Tensor, layer: LayerInput, attended: Attended) -> None:
+    def record(self, query: torch.Tensor, layer: LayerInput) -> None:
         """After the attention of a layer.
 
         Args:
@@ -103,7 +98,8 @@ class Recorder:
         for request in self._requests:
             slots = self._req_to_token[request.req_pool_idx, : request.seq_len]
             kv = RequestKV(layer.key_pool, layer.value_pool, slots.long())
-            record = self._record_request(query[request.first_query], kv, layer, attended(request))
+            attended = self._runner.attended_positions(request, layer.layer_id)
+            record = self._record_request(query[request.first_query], kv, layer, attended)
             self._records[request][layer.layer_id] = record
         if layer.layer_id == self._layer_ids[-1]:
             self._write()
@@ -111,7 +107,7 @@ class Recorder:
     def _record_request(
         self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, positions: torch.Tensor | None
     ) -> _LayerRecord:
-        rule = AttentionRule(layer.scaling, layer.logit_cap, self._rope_of(layer.layer_id))
+        rule = AttentionRule(layer.scaling, layer.logit_cap, self._runner.rope_of(layer.layer_id))
         sliding = self._sliding_windows.get(layer.layer_id)
         if sliding is not None:
             positions = torch.arange(max(len(kv) - 1 - sliding, 0), len(kv), device=query.device)

@@ -49,5 +49,5 @@ class Recording:
 
 
 def recording_paths(directory: Path) -> list[Path]:
-    """In the order in which they were written; step by step, and of one step by request."""
-    return sorted(directory.glob("*.npz"))
+    """In the order in which they were written; step by step, and of one step by request. Other files may lie beside."""
+    return sorted(directory.glob("[0-9]" * 8 + "-*.npz"))

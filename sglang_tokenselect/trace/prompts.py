@@ -8,9 +8,10 @@ from pathlib import Path
 
 from sglang_tokenselect.demo_questions import draw_samples, short_question, token_counter
 from sglang_tokenselect.needle import tasks
+from sglang_tokenselect.recording.options import read_prompt
+from sglang_tokenselect.trace.options import DEFAULT_TOKENS
 
 NEEDLE_LENGTH = 8192
-DEFAULT_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,7 @@ class Prompt:
 
 
 def from_file(file: Path, mark: str | None, num_tokens: int | None) -> Prompt:
-    try:
-        text = file.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"--prompt: expected a text file, got {error}") from None
+    text = read_prompt(file, "--prompt")
     if mark is not None and (not mark or mark not in text):
         raise SystemExit(f"--mark: expected a text that is in the prompt, got {mark!r}")
     return Prompt(file.name, text, num_tokens or DEFAULT_TOKENS, () if mark is None else (mark,))

@@ -103,7 +103,7 @@ def test_fidelity_is_that_of_the_cpu(tmp_path, monkeypatch):
     assert on_gpu.keys() == on_cpu.keys()
     worst = max(abs(on_gpu[key] - on_cpu[key]).max() for key in on_gpu)
     print(f"fidelity: {worst:.3f} between GPU and CPU at most")
-    assert worst < 0.1
+    assert worst < 0.02
 
 
 def test_trace_of_a_gpu_server(tmp_path):
@@ -116,5 +116,5 @@ def test_trace_of_a_gpu_server(tmp_path):
     flags = ["--out", str(tmp_path / "page.html"), "--", *DEVICES["cuda"][1], *own, *sizes]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"answer: {sample.answers[0]}" in done.stdout
+    assert sample.answers[0] in done.stdout
     assert (tmp_path / "page.html").stat().st_size > 10_000

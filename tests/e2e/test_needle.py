@@ -57,7 +57,7 @@ def test_the_same_without_choosing_finds_nothing(tokenselect):
 @pytest.mark.parametrize("selector", ["page", "mean"])
 def test_other_policies_find_some(selector):
     with needle_server(False, "--tokenselect-selector", selector) as server:
-        assert 0.5 <= accuracy(server, 8192)
+        assert accuracy(server, 8192) >= 0.5
 
 
 def test_dense_attention_is_lost_there():

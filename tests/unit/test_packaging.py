@@ -19,6 +19,8 @@ NEEDED = (
     "sglang_tokenselect/patches/install.py",
     "sglang_tokenselect/needle/checkpoint/model.safetensors",
     "sglang_tokenselect/py.typed",
+    "sglang_tokenselect/trace/page.html",
+    "sglang_tokenselect/trace/page.js",
 )
 
 

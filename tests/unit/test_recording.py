@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
+import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +24,12 @@ from sglang_tokenselect.fidelity.measure import measure_fidelity
 from sglang_tokenselect.kernels.reference.kv import RequestKV
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan, RequestPlan
+from sglang_tokenselect.recording import session
+from sglang_tokenselect.recording.options import ServerOptions
 from sglang_tokenselect.recording.recorder import BUDGETS, Recorder
 from sglang_tokenselect.recording.recording import Recording, recording_paths
 from sglang_tokenselect.runner import LayerInput
+from sglang_tokenselect.server_process import ServerProcess
 from sglang_tokenselect.torch_runner import TorchRunner
 
 DIM, SINK, LOCAL, THETA, SCALING = 8, 3, 5, 1e4, 0.4
@@ -175,7 +181,7 @@ class Traffic:
             self.config,
             LAYERS,
             self.req_to_token,
-            rope_of=self.runner.rope_of,
+            self.runner,
             trained_len=trained_len,
             sliding_windows=sliding_windows,
         )
@@ -199,7 +205,7 @@ class Traffic:
 
     def run_layer(self, index: int, queries: torch.Tensor) -> None:
         self.runner.run(queries[index], self.layer(index))
-        self.recorder.record(queries[index], self.layer(index), self.runner.attended_positions)
+        self.recorder.record(queries[index], self.layer(index))
 
     def forward(self, *rows_and_lengths, is_decode=True) -> torch.Tensor:
         queries = self.begin(rows_and_lengths, is_decode)
@@ -301,20 +307,21 @@ def test_beyond_the_trained_length_nothing_is_measured(tmp_path):
 
 
 def test_another_server_continues_the_folder(tmp_path):
+    (tmp_path / "notes-1.npz").write_text("somebody's")
     for _ in range(2):
         Traffic(tmp_path).forward((1, 40))
     assert [path.name for path in recording_paths(tmp_path)] == ["00000000-1.npz", "00000001-1.npz"]
 
 
-def test_without_the_option_a_runner_keeps_nothing():
-    config = TokenSelectConfig(**OPTIONS)
-    runner = TorchRunner(config, torch.arange(1, 1 + 2 * MAX_LEN).view(2, MAX_LEN).int(), {})
-    pools = torch.randn(2, 2 * MAX_LEN + 1, 2, DIM)
-    request = RequestPlan(1, 40, 0, 1)
-    runner.begin(ForwardPlan(True, (request,)))
-    runner.run(draw_query(4, dtype=torch.float32)[None], LayerInput(0, *pools, SCALING, 0.0))
-    with pytest.raises(KeyError):
-        runner.attended_positions(request)
+def test_a_reused_selection_is_told_with_what_has_left_the_local_window_since(tmp_path):
+    """Each step asks the same queries, so the selection of the first serves the second."""
+    traffic = Traffic(tmp_path)
+    traffic.forward((1, 50))
+    traffic.forward((1, 52))
+    first, second = (set(Recording.load(path).attended[0].tolist()) for path in recording_paths(tmp_path))
+    assert traffic.runner.counters.reuses == len(LAYERS)
+    latest = set(range(45, 52))
+    assert latest <= second and second - latest < first and len(second) == len(first) == 18
 
 
 @pytest.mark.parametrize("folder", ["taken", "taken/below"])
@@ -361,8 +368,49 @@ def test_a_gpu_tells_the_same_positions(tmp_path):
     for runner in (on_gpu, expected):
         runner.begin(ForwardPlan(True, requests), batch)
         runner.run(query, LayerInput(0, pools[0], pools[1], SCALING, 0.0))
-    assert on_gpu.attended_positions(requests[1]) is expected.attended_positions(requests[1]) is None
+    assert on_gpu.attended_positions(requests[1], 0) is expected.attended_positions(requests[1], 0) is None
     for request in (requests[0], requests[2]):
-        actual = on_gpu.attended_positions(request)
-        assert actual.tolist() == expected.attended_positions(request).tolist()
+        actual = on_gpu.attended_positions(request, 0)
+        assert actual.tolist() == expected.attended_positions(request, 0).tolist()
         assert len(actual) == config.window.size
+
+
+def failure_of_session(monkeypatch, server, error=None):
+    """What a command says if its server does not start, or if asking it ends with this error."""
+    monkeypatch.setattr(session, "recording_server", lambda *_: server)
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", "")
+    with pytest.raises(SystemExit) as info, session.recording_session(ServerOptions()):
+        raise error
+    server.log_path.unlink()
+    return str(info.value)
+
+
+class ReadyServer(ServerProcess):
+    def start(self):
+        pass
+
+    def wait_until_ready(self):
+        pass
+
+    def report(self):
+        return {"config": TokenSelectConfig().to_options()}
+
+
+def test_a_server_that_does_not_start_is_told_with_its_log(monkeypatch):
+    server = ServerProcess("model", launcher=("-c", "print('no such flag')"))
+    said = failure_of_session(monkeypatch, server)
+    assert re.match(r"server: expected an answer, got server not ready after .*\nno such flag\n", said, re.DOTALL)
+    assert said.endswith(f"\nIts log: {server.log_path}")
+
+
+def test_what_a_server_refuses_is_told_with_its_reason(monkeypatch):
+    error = urllib.error.HTTPError("url", 400, "Bad Request", {}, io.BytesIO(b"the input is too long"))
+    said = failure_of_session(monkeypatch, ReadyServer("model"), error)
+    assert said == "server: expected an answer, got HTTP Error 400: Bad Request: the input is too long"
+
+
+def test_a_server_that_ends_in_between_is_told_with_its_log(monkeypatch):
+    server = ReadyServer("model")
+    said = failure_of_session(monkeypatch, server, ConnectionResetError("reset"))
+    assert said == f"server: expected an answer, got reset\nIts log: {server.log_path}"

@@ -17,8 +17,11 @@ from tokenizers import Tokenizer
 from sglang_tokenselect import cli
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.needle import checkpoint_path
+from sglang_tokenselect.recording.options import ServerOptions
 from sglang_tokenselect.recording.recording import Recording
+from sglang_tokenselect.recording.session import recording_server
 from sglang_tokenselect.trace import command, page, prompts
+from sglang_tokenselect.trace.options import DEFAULT_TOKENS, TraceOptions
 from sglang_tokenselect.trace.page import pack_row, render
 from sglang_tokenselect.trace.pieces import Mark, find_marks, token_texts
 from sglang_tokenselect.trace.steps import Row, Step
@@ -187,14 +190,14 @@ def test_a_long_trace_is_a_page_of_a_few_megabytes():
 
 
 def options(tmp_path, **changes):
-    return command.TraceOptions(out=tmp_path / "page.html", **changes)
+    return TraceOptions(out=tmp_path / "page.html", **changes)
 
 
 def test_flags_of_the_server_stand_behind_two_dashes():
     args = cli.build_parser().parse_args(["trace", "--out", "a.html", "--tokens", "9", "--", "--device", "cpu"])
-    assert args.tokens == 9
-    assert args.server_flags == ["--device", "cpu"]
-    assert cli.build_parser().parse_args(["trace", "--out", "a.html"]).server_flags == []
+    assert TraceOptions.of(args).num_tokens == 9
+    assert TraceOptions.of(args).server == ServerOptions(None, "cpu", ("--device", "cpu"))
+    assert TraceOptions.of(cli.build_parser().parse_args(["trace", "--out", "a.html"])).server == ServerOptions()
 
 
 @pytest.mark.parametrize(
@@ -212,13 +215,13 @@ def test_a_prompt_file_is_sent_as_it_is(tmp_path):
     file.write_text("a needle.\n", encoding="utf-8")
     prompt = command.choose_prompt(options(tmp_path, prompt=file, mark="needle", num_tokens=5))
     assert prompt == prompts.Prompt("prompt.txt", "a needle.\n", 5, ("needle",))
-    assert prompts.from_file(file, None, None).num_tokens == prompts.DEFAULT_TOKENS
+    assert prompts.from_file(file, None, None).num_tokens == DEFAULT_TOKENS
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_path": "m"}, "--prompt: expected a file, since a model was given, got none"),
+        ({"server": ServerOptions("m")}, "--prompt: expected a file, since a model was given, got none"),
         ({"mark": "x"}, "--mark: expected --prompt with it, got --mark 'x' alone"),
         ({"prompt": "prompt.txt", "mark": "y"}, "--mark: expected a text that is in the prompt, got 'y'"),
         ({"prompt": "prompt.txt", "mark": ""}, "--mark: expected a text that is in the prompt, got ''"),
@@ -235,9 +238,41 @@ def test_what_cannot_be_asked_is_told_before_a_server_starts(changes, message, t
         command.choose_prompt(options(tmp_path, **changes))
 
 
-def test_a_page_needs_a_folder(tmp_path):
-    with pytest.raises(SystemExit, match="--out: expected a file in a folder that exists, got '/nowhere/page.html'"):
-        command.run_trace(command.TraceOptions(out=tmp_path.joinpath("/nowhere/page.html")))
+@pytest.mark.parametrize("name", ["nowhere/page.html", "."])
+def test_a_page_needs_a_folder(tmp_path, name):
+    with pytest.raises(SystemExit, match=f"--out: expected a file in a folder that exists, got '{tmp_path / name}'"):
+        command.run_trace(TraceOptions(out=tmp_path / name))
+
+
+def test_a_model_needs_a_tokenizer(tmp_path):
+    (tmp_path / "prompt.txt").write_text("a needle")
+    with pytest.raises(SystemExit, match=f"--model-path: expected a model with a tokenizer, got '{tmp_path}': "):
+        command.run_trace(options(tmp_path, prompt=tmp_path / "prompt.txt", server=ServerOptions(str(tmp_path))))
+
+
+# ---- the server that `trace` and `fidelity` ask
+
+
+def server_options(*argv):
+    return ServerOptions.of(cli.build_parser().parse_args(["trace", "--out", "a.html", *argv]))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_shipped_checkpoint_is_served_on_either_device(tmp_path, device):
+    options = server_options("--device", device, "--", "--tokenselect-sink", "7", "--tokenselect-record", "elsewhere")
+    flags = recording_server(options, tmp_path, ("--tokenselect-sink", "5", "--tokenselect-min-len", "0")).command
+    values = dict(zip(flags, flags[1:], strict=False))  # the last of each flag, which wins
+    assert (values["--device"], values["--model-path"]) == (device, str(checkpoint_path()))
+    assert (values["--tokenselect-min-len"], values["--tokenselect-sink"]) == ("0", "7")
+    assert values["--tokenselect-record"] == str(tmp_path)
+
+
+def test_another_model_is_served_with_its_own_flags(tmp_path):
+    options = server_options("--model-path", "m", "--", "--dtype", "half")
+    flags = recording_server(options, tmp_path, ("--tokenselect-min-len", "0")).command
+    assert {"m", "half", "--tokenselect-record"} < set(flags) and not {"--device", "--tokenselect-min-len"} & set(flags)
+    with pytest.raises(SystemExit, match="--device: expected none beside --model-path but behind --, got cuda"):
+        server_options("--model-path", "m", "--device", "cuda")
 
 
 def reply(*steps, num_prompt_tokens=300):
@@ -246,12 +281,11 @@ def reply(*steps, num_prompt_tokens=300):
 
 
 def test_a_prompt_that_nothing_selects_from_is_told_with_the_least_length():
+    """Layer 1 has a sliding window, which is never all tokens."""
+    last = Step(640, (0, 1), (None, traces.row({}, 640)))
     with pytest.raises(SystemExit, match="prompt: expected at least 640 tokens, got 300"):
-        command.check_selects(reply(Step(301, (0, 1), (None, None))))
-
-
-def test_one_row_that_selects_is_enough():
-    command.check_selects(reply(Step(301, (0, 1), (None, None)), Step(302, (0, 1), (None, traces.row({}, 302)))))
+        command.check_selects(reply(last))
+    command.check_selects(reply(last, Step(641, (0, 1), (traces.row({}, 641),) * 2)))
 
 
 def test_an_answer_of_one_token_is_told():

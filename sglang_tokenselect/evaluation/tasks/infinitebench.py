@@ -44,7 +44,7 @@ def _draw_hidden(request: Request, noun: str, key: str, max_tokens: int) -> Samp
         lines = [NOISE_LINE] * num_lines
         lines.insert(round(depth * num_lines), hidden)
         prompt = before + "\n".join(lines) + f"\n\nWhat is the {noun}?"
-        return Sample(prompt, f"\n\nThe {noun} is", (key,), max_tokens, (), depth)
+        return Sample(prompt, f"\n\nThe {noun} is", (key,), max_tokens)
 
     return fit(build, 1, request)
 
@@ -61,6 +61,6 @@ def draw_kv_retrieval(request: Request) -> Sample:
         pairs = list(zip(uuids[::2], uuids[1::2], strict=True))
         pairs.insert(round(depth * num_others), (key, value))
         prompt = before + json.dumps(dict(pairs)) + question
-        return Sample(prompt, "\nThe value of this key is:", (value,), VALUE_MAX_TOKENS, (), depth)
+        return Sample(prompt, "\nThe value of this key is:", (value,), VALUE_MAX_TOKENS)
 
     return fit(build, 1, request)

@@ -9,7 +9,6 @@ belongs to one sample.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -47,27 +46,21 @@ class NeedleTask:
     def draw(self, request: Request) -> Sample:
         group, place = divmod(request.index, self.num_questions)
         first = 0 if request.depth is None else place
-        context = _context(self.layout, request.length, request.seed, group, request.count_tokens, first, request.depth)
+        context = _context(self.layout, replace(request, task="", index=group), first)
         asked = [question for question in _questions(context) if question.task == self.kind][place - first]
-        depth = request.depth
-        if depth is None and self.kind in ("single", "multi_key"):
-            depth = _depth(context, asked.answers[0])
         question, prefix = asked.question.split(_ANSWER)
-        return Sample(context.text + question, _ANSWER + prefix, asked.answers, MAX_TOKENS, STOP, depth)
+        return Sample(context.text + question, _ANSWER + prefix, asked.answers, MAX_TOKENS, STOP)
 
 
 @lru_cache(maxsize=4)
-def _context(
-    layout: Layout,
-    length: int,
-    seed: int,
-    group: int,
-    count_tokens: Callable[[str], int],
-    first: int,
-    depth: float | None,
-) -> tasks.Context:
-    """A context that leaves room for each of its questions. The needle of this index stands first, at `depth`."""
-    held_out = tasks.held_out(random.Random(f"{layout} {seed} {group}").getrandbits(40))
+def _context(layout: Layout, request: Request, first: int) -> tasks.Context:
+    """A context that leaves room for each of its questions. The needle of index `first` stands at the depth.
+
+    Args:
+        request: of all tasks and samples that share the context: without a task, and its index is the context's.
+    """
+    length, count_tokens = request.length, request.count_tokens
+    held_out = tasks.held_out(random.Random(f"{layout} {request.seed} {request.index}").getrandbits(40))
     facts = tasks.draw_facts(
         random.Random(held_out), values_per_key=layout.values_per_key, names_per_chain=layout.names_per_chain
     )
@@ -77,12 +70,14 @@ def _context(
     hidden = [facts.header(), *(sentence for statement in facts.statements() for sentence in statement)]
     if (missing := sum(map(count_tokens, hidden)) - room) > 0:
         raise ValueError(f"length: expected at least {length + missing} for the needle suite, got {length}")
-    haystack: tasks.Haystack = "noise" if seed % 2 else "sentences"
+    if request.is_trial:
+        room += missing  # for what is hidden alone
+    haystack: tasks.Haystack = "noise" if request.seed % 2 else "sentences"
     excess = 0
     while True:
         room -= excess
         context = tasks.make_context(
-            held_out, room, count_tokens=count_tokens, haystack=haystack, depth=depth, facts=facts
+            held_out, room, count_tokens=count_tokens, haystack=haystack, depth=request.depth, facts=facts
         )
         # Not every tokenizer's counts of pieces add up to that of the whole.
         excess = count_tokens(context.text + longest) + MAX_TOKENS - length
@@ -99,9 +94,3 @@ def _questions(context: tasks.Context) -> list[tasks.Sample]:
         *(tasks.ask_numbers(context, single[i : i + step]) for i in range(0, len(single) - step + 1, step)),
         *(tasks.ask_variables(context, chain) for chain in context.facts.chains),
     ]
-
-
-def _depth(context: tasks.Context, value: str) -> float:
-    """Where a number stands, as a share of the characters behind the header."""
-    begin = len(context.facts.header())
-    return (context.text.index(value) - begin) / (len(context.text) - begin)

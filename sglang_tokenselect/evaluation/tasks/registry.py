@@ -47,13 +47,22 @@ def draw(
         depth: where the fact asked for stands, 0 (start) to 1 (end); anywhere if None.
 
     Raises:
-        ValueError: the length is too small for the task, or there is no such depth.
+        ValueError: the length does not do for the task, or there is no such depth.
     """
     if depth is not None and not task.has_depth:
         raise ValueError(f"depth: expected none for {task.name}, got {depth}")
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth: expected 0 <= depth <= 1, got {depth}")
     return task.draw(Request(task.name, length, seed, index, count_tokens, depth))
+
+
+def check(task: Task, length: int, seed: int, index: int, count_tokens: Callable[[str], int]) -> None:
+    """Sees if a sample can be drawn, without counting a long text. Another one's words may take a few tokens more.
+
+    Raises:
+        ValueError: the length does not do for the task.
+    """
+    task.draw(Request(task.name, length, seed, index, count_tokens, is_trial=True))
 
 
 def _niah(name: str, summary: str, variant: Niah) -> Task:

@@ -56,7 +56,7 @@ class Niah:
             pieces = self._pieces(request.rng("haystack"), num_pieces, keys, values)
             _insert(pieces, needles, request.rng("places"), depth)
             context = (" " if self.haystack == "sentences" else "\n").join(pieces)
-            return Sample(before + context + question, prefix, answers, MAX_TOKENS, (), depth)
+            return Sample(before + context + question, prefix, answers, MAX_TOKENS)
 
         return fit(build, 1, request)
 

@@ -19,5 +19,3 @@ class Sample:
     """Tokens to generate."""
     stop: tuple[str, ...] = ()
     """Stop strings."""
-    depth: float | None = None
-    """Where the one fact asked for stands, 0 (start) to 1 (end); None where several places matter."""

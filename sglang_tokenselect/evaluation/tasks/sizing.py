@@ -21,6 +21,7 @@ class Request:
         task: name of the task.
         length: tokens of prompt, answer prefix and answer together, at most.
         depth: where the fact asked for is to stand, 0 to 1; None if that is left to chance.
+        is_trial: only to see if the length will do. The sample is drawn fast, and its length is none in particular.
     """
 
     task: str
@@ -28,7 +29,8 @@ class Request:
     seed: int
     index: int
     count_tokens: Callable[[str], int]
-    depth: float | None
+    depth: float | None = None
+    is_trial: bool = False
 
     def rng(self, part: str) -> random.Random:
         """A fresh generator for a part of the sample; parts do not depend on each other's draws.
@@ -57,7 +59,7 @@ def fit(build: Callable[[int], Sample], least: int, request: Request) -> Sample:
         least: pieces that the sample needs.
 
     Raises:
-        ValueError: not even `least` pieces fit.
+        ValueError: not even `least` pieces fit, or a prompt has no room for so many that differ.
     """
     length, count_tokens = request.length, request.count_tokens
     low, fitting = least, build(least)
@@ -66,6 +68,8 @@ def fit(build: Callable[[int], Sample], least: int, request: Request) -> Sample:
         raise ValueError(f"length: expected at least {low_size} for {request.task}, got {length}")
     per_piece = (num_tokens(build(least + 32), count_tokens) - low_size) / 32
     high = None  # So many pieces are too many.
+    if request.is_trial:  # A first guess at the pieces, uncounted.
+        return build(low + max(int((length - low_size) / per_piece), 0))
     while length - low_size > max(per_piece, length // SLACK) and high != low + 1:
         pieces = low + max(int((length - low_size) / per_piece), 1)
         if high is not None:
