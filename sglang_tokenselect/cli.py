@@ -13,7 +13,7 @@ from typing import Any
 from sglang_tokenselect.demo_questions import LENGTHS, QUESTIONS, SEEDS
 from sglang_tokenselect.evaluation import options as evaluation_options
 from sglang_tokenselect.fidelity import options as fidelity_options
-from sglang_tokenselect.parsers import parse_within
+from sglang_tokenselect.parsers import parse_above_zero, parse_within
 from sglang_tokenselect.trace import options as trace_options
 
 DEFAULT_LENGTHS = (4096, 8192, 16384, 32768)
@@ -67,16 +67,6 @@ def parse_endpoint(text: str) -> str:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
-
-
-def parse_seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.0 < seconds <= MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"expected seconds above 0 and up to {MAX_SECONDS}, got {text!r}")
-    return seconds
 
 
 def _parse_setting(text: str) -> tuple[str, Any]:
@@ -180,7 +170,7 @@ def _run_fidelity(args: argparse.Namespace) -> int:
 def _add_timeout(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument(
         "--timeout",
-        type=parse_seconds,
+        type=parse_above_zero("seconds", MAX_SECONDS),
         default=DEFAULT_TIMEOUT,
         metavar="SECONDS",
         help=f"{help} (default: %(default)s)",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+import sys
 from collections.abc import Callable
 
 
@@ -19,11 +19,21 @@ def parse_within(bounds: range) -> Callable[[str], int]:
     return parse
 
 
-def parse_share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0.0 < share < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return share
+def parse_above_zero(what: str, most: float = sys.float_info.max) -> Callable[[str], float]:
+    """A parser of numbers above 0.
+
+    Args:
+        what: they are, for the message.
+    """
+    bounds = "above 0" if most == sys.float_info.max else f"above 0 and up to {most}"
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        if not 0.0 < number <= most:
+            raise argparse.ArgumentTypeError(f"expected {what} {bounds}, got {text!r}")
+        return number
+
+    return parse

@@ -7,7 +7,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_tokenselect.parsers import parse_share, parse_within
+from sglang_tokenselect.parsers import parse_above_zero, parse_within
 from sglang_tokenselect.recording.options import ServerOptions, add_server_options
 
 STEPS = range(1, 1025)
@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-error",
-        type=parse_share,
+        type=parse_above_zero("a number"),
         default=0.1,
         metavar="SHARE",
         help="relative output error, mean of a layer's heads, beyond which it should be dense (default: %(default)s)",
