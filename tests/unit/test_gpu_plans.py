@@ -115,7 +115,7 @@ def test_own_windows_are_known_before_and_after_a_forward_is_planned():
     backend = TokenSelectAttnBackend.__new__(TokenSelectAttnBackend)
     backend.config = TokenSelectConfig(min_len=100, budget=5, sink=2, local=3)
     backend.runner = TorchRunner(backend.config, torch.zeros(9, 400, dtype=torch.int32), {})
-    backend._staged, backend._windows, backend._shared = None, (), ()
+    backend._staged, backend._windows, backend._shared, backend._recorder = None, (), (), None
     backend._prefix_groups = PrefixGroups(backend.config.min_group, 0)
     dense = SimpleNamespace(
         sampling_params=SimpleNamespace(custom_params={"tokenselect": {"dense": True}}),

@@ -354,7 +354,7 @@ def test_a_forward_is_told_what_is_shared_and_the_next_one_is_not():
     """Known before the forward is planned and until the next; nobody tells of the requests of a warm-up."""
     backend, plans = TokenSelectAttnBackend.__new__(TokenSelectAttnBackend), []
     backend.runner = SimpleNamespace(begin=lambda plan, *args, **kwargs: plans.append(plan))
-    backend._prefix_groups = PrefixGroups(2, 0)
+    backend._prefix_groups, backend._recorder = PrefixGroups(2, 0), None
     tree = SimpleNamespace(root_node=Node(0, None, 0))
     reqs = holders(*[Node(1, tree.root_node, 4096)] * 2)
     for req in reqs:
