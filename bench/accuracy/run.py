@@ -84,6 +84,7 @@ def ask(variant: Variant, url: str, folder: Path, length: int, budget: int | Non
     before = read_counters(url, None)
     asked = ("eval", "--url", url, "--tasks", ",".join(TASKS), "--lengths", str(length), "--depths", "0")
     seeds = ("--seeds", ",".join(map(str, SEEDS)), "--samples", str(variant.samples_at(length)))
+    # The command line reconfigures its stdout, which a StringIO does not let it.
     with redirect_stdout(io.TextIOWrapper(io.BytesIO())):
         code = cli.main([*asked, *seeds, "--extra-body", json.dumps(own), "--out", str(folder)])
     if code:
