@@ -19,8 +19,9 @@ from sglang_tokenselect.server_process import ServerProcess, allow_loopback
 
 
 def record_flags(directory: Path) -> tuple[str, ...]:
-    """Of a server that records; no harm on a CPU, which has no CUDA graphs."""
-    return "--tokenselect-record", str(directory), "--cuda-graph-backend-decode", "disabled"
+    """Of a server that records, by any selector; no harm on a CPU, which has no CUDA graphs."""
+    graphs = ("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled")
+    return "--tokenselect-record", str(directory), *graphs
 
 
 @dataclass(frozen=True)
