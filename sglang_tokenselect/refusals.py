@@ -175,12 +175,7 @@ def _check_device(server_args: Any, config: TokenSelectConfig) -> None:
             raise Refusal(*untested, "others were not tested with a GPU")
         if config.selects_by.has_kernels:
             _check_kernel_options(config)
-            _check_graphs(server_args.cuda_graph_config, _SERVED_GRAPHS)
-        else:
-            _check_graphs(server_args.cuda_graph_config, dict.fromkeys(_SERVED_GRAPHS, _no_graphs(config)))
-        if config.record is not None:
-            served = ("disabled",), "a replayed graph tells nobody what it attended to (option record)"
-            _check_graphs(server_args.cuda_graph_config, {"decode": served})
+        _check_graphs(server_args.cuda_graph_config, config)
         if server_args.enable_lora:
             raise Refusal("enable_lora", "False", "True", "its CUDA graphs take the place of those that select")
     elif device == "cpu" and torch.cuda.is_available():
@@ -200,12 +195,18 @@ def _check_kernel_options(config: TokenSelectConfig) -> None:
         raise Refusal("sub_block", "what the kernels for GPUs can tile", config.sub_block, str(error)) from None
 
 
-def _no_graphs(config: TokenSelectConfig) -> tuple[tuple[str, ...], str]:
-    return ("disabled",), f"selector={config.selector} runs in PyTorch, request by request"
+def _served_graphs(config: TokenSelectConfig) -> dict[str, tuple[tuple[str, ...], str]]:
+    none = ("disabled",)
+    if not config.selects_by.has_kernels:
+        reason = f"selector={config.selector} runs in PyTorch, request by request"
+        return dict.fromkeys(_SERVED_GRAPHS, (none, reason))
+    if config.record is not None:
+        return {**_SERVED_GRAPHS, "decode": (none, "a replayed graph tells nobody what it attended to (option record)")}
+    return _SERVED_GRAPHS
 
 
-def _check_graphs(cuda_graph_config: Any, served_graphs: dict[str, tuple[tuple[str, ...], str]]) -> None:
-    for phase, (served, reason) in served_graphs.items():
+def _check_graphs(cuda_graph_config: Any, config: TokenSelectConfig) -> None:
+    for phase, (served, reason) in _served_graphs(config).items():
         backend = getattr(cuda_graph_config, phase).backend
         if backend not in served:
             raise Refusal(f"cuda_graph_backend_{phase}", " or ".join(map(repr, served)), repr(backend), reason)
