@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Creates the environment of this checkout. Started by `.ci/env`; needs only the standard library.
+"""Creates an environment of this checkout. Started by `.ci/env`; needs only the standard library.
 
 Two layers, since SGLang and what it needs take 9 GB:
 
 - a third-party environment outside the checkout, named by what it holds and shared by all checkouts
   (`~/.cache/sglang-tokenselect/`, or the folder in `SGLANG_TOKENSELECT_CACHE`);
-- `.venv` in the checkout, which sees the first through a .pth file and holds this package, editable.
+- a folder in the checkout, which sees the first through a .pth file and holds this package, editable:
+  `.venv`, and beside it one for each other version of SGLang (the Makefile names them).
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-# What `make` needs beside the package and its tests. Ruff is pinned: releases differ in what they report.
-TOOLS = ("ruff==0.14.5", "setuptools>=77")
+# What `make` needs beside the package and its tests. Checkers are pinned: releases differ in what they report.
+TOOLS = ("mypy==2.4.1", "ruff==0.14.5", "typos==1.52.0")
 EDITABLE_INSTALL = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet", "--editable")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog=".ci/env")
     parser.add_argument("--sglang", required=True, metavar="VERSION", help="of SGLang (the Makefile has the default)")
-    version = parser.parse_args().sglang
-    wanted = requirements((CHECKOUT / "pyproject.toml").read_text(), version)
-    shared = shared_environment(wanted, version)
+    parser.add_argument("--venv", required=True, metavar="FOLDER", help="of the checkout, to be made ready")
+    given = parser.parse_args()
+    wanted = requirements((CHECKOUT / "pyproject.toml").read_text(), given.sglang)
+    shared = shared_environment(wanted, given.sglang)
     with locked(Path(__file__)):  # any file of the checkout would do
-        link_checkout(shared)
+        link_checkout(CHECKOUT / given.venv, shared)
 
 
 def requirements(pyproject: str, sglang: str) -> list[str]:
@@ -82,13 +84,12 @@ def build(folder: Path, wanted: list[str]) -> None:
     say(f"Installed in {time.monotonic() - begin:.0f} s")
 
 
-def link_checkout(shared: Path) -> None:
-    """Makes `.venv` see `shared` and hold the package as pyproject.toml now has it."""
-    venv = CHECKOUT / ".venv"
+def link_checkout(venv: Path, shared: Path) -> None:
+    """Makes `venv` see `shared` and hold the package as pyproject.toml now has it."""
     python = str(venv / "bin" / "python")
     linked, installed = venv / ".linked", venv / ".installed"
     if read(linked) != f"{CHECKOUT}\n{shared}\n":
-        say(f"Linking .venv to {shared}")
+        say(f"Linking {venv.name} to {shared}")
         shutil.rmtree(venv, ignore_errors=True)
         run(sys.executable, "-m", "venv", "--without-pip", str(venv))
         packages = Path("lib", f"python{sys.version_info.major}.{sys.version_info.minor}", "site-packages")
@@ -102,7 +103,7 @@ def link_checkout(shared: Path) -> None:
 
 
 def link_commands(shared: Path, own: Path) -> None:
-    """Gives `.venv/bin` the commands of the shared environment (sglang, pytest, ...).
+    """Gives the folder `own` of the checkout the commands of the shared environment (sglang, pytest, ...).
 
     Scripts are copied with this checkout's Python in their first line: that of the shared
     environment does not see the package. Programs are linked.

@@ -330,7 +330,9 @@ def _tile_rows(
 ) -> Tiling:
     """Row tiles of ``tuning.block_m`` rows, with a unit of work for each ``unit_tokens`` candidates."""
     blocks_per_tile = tuning.block_m // rows_per_block
-    row_tiles, tiled_runs, num_units = [], [], 0
+    row_tiles: list[tuple[int, ...]] = []
+    tiled_runs: list[tuple[int, int]] = []
+    num_units = 0
     for run, first_split in zip(runs, first_splits, strict=True):
         tiled_runs.append((len(row_tiles), num_units))
         tiles = [run.blocks[i : i + blocks_per_tile] for i in range(0, len(run.blocks), blocks_per_tile)]

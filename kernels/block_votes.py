@@ -7,6 +7,9 @@ computes the logits again and adds up the votes of all heads in registers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -230,6 +233,7 @@ def _votes_kernel(
     runs_ptr,
     lse_ptr,
     scores_ptr,
+    row_votes_ptr,
     num_runs,
     num_sink,
     scale,
@@ -295,14 +299,56 @@ def _votes_kernel(
 
     BLOCKS: tl.constexpr = BLOCK_M // ROWS_PER_BLOCK
     # [BLOCKS, BLOCK_N]
-    by_block = tl.reshape(votes, [BLOCKS, ROWS_PER_BLOCK, BLOCK_N])
-    score = tl.max(by_block, axis=1) if COMBINE_MAX else tl.sum(by_block, axis=1)
-    offs_block = tl.arange(0, BLOCKS)
     offs_n = begin + tl.arange(0, BLOCK_N)
-    mask_block = offs_block < num_blocks
-    ends = tl.load(num_candidates_ptr + first_block + offs_block, mask=mask_block, other=0)
-    base = tl.load(tile_indptr_ptr + first_block + offs_block, mask=mask_block, other=0).to(tl.int64) * TILE
-    tl.store(scores_ptr + base[:, None] + offs_n[None, :], score, mask=offs_n[None, :] < ends[:, None])
+    if row_votes_ptr is not None:
+        ends = tl.load(num_candidates_ptr + first_block + block, mask=block < num_blocks, other=0)
+        base = tl.load(tile_indptr_ptr + first_block + block, mask=block < num_blocks, other=0).to(tl.int64)
+        rows = (base[:, None] + (offs_n // TILE)[None, :]) * ROWS_PER_BLOCK + (offs_m % ROWS_PER_BLOCK)[:, None]
+        offs_votes = rows * TILE + (offs_n % TILE)[None, :]
+        tl.store(row_votes_ptr + offs_votes, votes, mask=offs_n[None, :] < ends[:, None])
+    else:
+        by_block = tl.reshape(votes, [BLOCKS, ROWS_PER_BLOCK, BLOCK_N])
+        score = tl.max(by_block, axis=1) if COMBINE_MAX else tl.sum(by_block, axis=1)
+        offs_block = tl.arange(0, BLOCKS)
+        mask_block = offs_block < num_blocks
+        ends = tl.load(num_candidates_ptr + first_block + offs_block, mask=mask_block, other=0)
+        base = tl.load(tile_indptr_ptr + first_block + offs_block, mask=mask_block, other=0).to(tl.int64) * TILE
+        tl.store(scores_ptr + base[:, None] + offs_n[None, :], score, mask=offs_n[None, :] < ends[:, None])
+
+
+@triton.jit
+def _combine_rows_kernel(row_votes_ptr, scores_ptr, ROWS_PER_BLOCK: tl.constexpr, TILE: tl.constexpr):
+    tile = tl.program_id(0).to(tl.int64)
+    rows = tile * ROWS_PER_BLOCK + tl.arange(0, ROWS_PER_BLOCK)[:, None]
+    lanes = tl.arange(0, TILE)
+    votes = tl.load(row_votes_ptr + rows * TILE + lanes[None, :])
+    tl.store(scores_ptr + tile * TILE + lanes, tl.max(votes, axis=0))
+
+
+@dataclass(frozen=True)
+class BlockRanks:
+    """With tensor parallelism: how the votes of all ranks' heads are added up in prefill.
+
+    A block's sub-blocks combine by the maximum of what *all* heads say, so each sub-block's votes are added up apart.
+
+    Attributes:
+        sum_: adds up a tensor over the ranks, in place, on the current stream.
+        row_votes: float32, rows_per_block times the scores of the largest plan; none needed for one row a block.
+    """
+
+    sum_: Callable[[torch.Tensor], object]
+    row_votes: torch.Tensor
+
+    def rows_of(self, plan: BlockPlan) -> torch.Tensor:
+        """[plan.num_tiles, rows_per_block, TILE].
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        count = plan.num_tiles * plan.rows_per_block * TILE
+        if self.row_votes.numel() < count:
+            raise ValueError(f"row_votes: expected {count} numbers or more, got {self.row_votes.numel()}")
+        return self.row_votes[:count].view(plan.num_tiles, plan.rows_per_block, TILE)
 
 
 def score_blocks(
@@ -315,6 +361,7 @@ def score_blocks(
     num_sink: int,
     vote_scale: float,
     combine: Combine,
+    ranks: BlockRanks | None = None,
 ) -> None:
     """Writes each block's score of each of its candidates, positions [num_sink, num_sink + num_candidates).
 
@@ -332,6 +379,8 @@ def score_blocks(
         scores: [at least plan.num_tiles, TILE] float32, see :attr:`BlockPlan.tile_indptr`; nothing is written
             outside of the blocks' candidates.
         vote_scale: above 0; logits are *not* divided by sqrt(head_dim).
+        ranks: the heads are those of one rank, and the scores are to be those of all; None: these are all. Then the
+            tiles' numbers behind a block's candidates are overwritten too.
 
     Raises:
         ValueError: a dtype, shape or size is not as stated.
@@ -345,7 +394,13 @@ def score_blocks(
         return
     scale = keys.logit_scale(vote_scale)
     _make_logsumexp(means, keys, plan, scratch, num_sink, scale)
-    _add_votes(means, keys, plan, scratch, scores, num_sink, scale, combine)
+    row_votes = ranks.rows_of(plan) if ranks and combine == "max" and plan.rows_per_block > 1 else None
+    _add_votes(means, keys, plan, scratch, scores, row_votes, num_sink, scale, combine)
+    if ranks is not None and row_votes is not None:
+        ranks.sum_(row_votes)
+        _combine_rows_kernel[(plan.num_tiles,)](row_votes, scores, ROWS_PER_BLOCK=plan.rows_per_block, TILE=TILE)
+    elif ranks is not None:
+        ranks.sum_(scores[: plan.num_tiles])
 
 
 def _check(means: torch.Tensor, keys: PagedKeys, plan: BlockPlan, scratch: BlockScratch, scores: torch.Tensor) -> None:
@@ -425,11 +480,13 @@ def _add_votes(
     plan: BlockPlan,
     scratch: BlockScratch,
     scores: torch.Tensor,
+    row_votes: torch.Tensor | None,
     num_sink: int,
     scale: float,
     combine: Combine,
 ) -> None:
-    """Second pass: the votes that ``scratch.lse`` makes of the logits, summed over heads, combined over rows."""
+    """Second pass: the votes that ``scratch.lse`` makes of the logits, summed over heads. Combined over rows, unless
+    ``row_votes`` takes each row's."""
     tiling, tuning = plan.votes, plan.votes.tuning
     _votes_kernel[(tiling.num_units,)](
         means,
@@ -443,6 +500,7 @@ def _add_votes(
         tiling.runs,
         scratch.lse,
         scores,
+        row_votes,
         tiling.runs.shape[0] - 1,
         num_sink,
         scale,

@@ -18,7 +18,7 @@ from .block_plan import (
     request_runs,
 )
 from .block_sharing import order_blocks
-from .block_votes import score_blocks
+from .block_votes import BlockRanks, score_blocks
 from .checks import expect
 from .emit import emit
 from .paged_keys import PagedKeys
@@ -163,9 +163,9 @@ def plan_prefill(
         )
         parts.append(_make_part(items, scoring, kv_start, num_local))
     kv_indptr_cpu = int32(kv_indptr)
-    parts, kv_indptr_device = to_device((tuple(parts), kv_indptr_cpu), device)
+    device_parts, kv_indptr_device = to_device((tuple(parts), kv_indptr_cpu), device)
     return PrefillPlan(
-        parts=parts,
+        parts=device_parts,
         kv_indptr=kv_indptr_device,
         kv_indptr_cpu=kv_indptr_cpu,
         qo_indptr_cpu=int32(qo_indptr),
@@ -260,6 +260,7 @@ def select_blocks(
     *,
     vote_scale: float,
     combine: Combine,
+    ranks: BlockRanks | None = None,
 ) -> None:
     """Writes the slots that each block of a prefill attends to in one layer. No host sync and no allocation.
 
@@ -276,6 +277,7 @@ def select_blocks(
             slots of dense blocks are not touched.
         vote_scale: factor of the logits, which are *not* divided by sqrt(head_dim).
         combine: how the votes of a block's sub-blocks become one score.
+        ranks: the heads are those of one rank, and all ranks choose together; None: they choose for themselves.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other, or a workspace that does not hold the plan's limits.
@@ -302,6 +304,7 @@ def select_blocks(
             num_sink=plan.num_sink,
             vote_scale=vote_scale,
             combine=combine,
+            ranks=ranks,
         )
         take_scores(part.rows, num_blocks, workspace)
         emit(

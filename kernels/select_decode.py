@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from .selection_cache import DecodeBatch, Probe, SelectionCache, begin_decode
 from .shared_plan import SharedPrefixes
 from .shared_prefix import plan_chunks, score_shared
 from .vote import vote
+from .vote_exchange import VoteExchange, sum_votes
 from .workspace import MAX_SHARED_KV_HEADS, DecodeWorkspace
 
 
@@ -48,6 +50,7 @@ def select_decode(
     vote_scale: float = 1.0,
     parts: Sequence[DecodePart] | None = None,
     layer: int = 0,
+    exchange: VoteExchange | None = None,
 ) -> None:
     """Writes the slots that each query of a decode step attends to in one layer.
 
@@ -62,6 +65,7 @@ def select_decode(
         kv_indices: [>= kv_indptr[-1]] int32, written: sink, chosen and local slots, ascending in position.
         parts: what the workspace holds one after the other, all rows together; None: it holds all of them at once.
         layer: index of this layer among those that select: it leaves its queries in `batch.probe` if that wants them.
+        exchange: the heads are those of one rank, and all ranks choose together; None: they choose for themselves.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other or the workspace.
@@ -72,8 +76,10 @@ def select_decode(
     parts = (DecodePart(range(len(batch))),) if parts is None else parts
     for part in parts:
         if part.shared is not None:
-            _check_shared(part, keys, vote_scale)
-    begin_decode(query, batch, cache, rows, workspace, num_sink=num_sink, num_local=num_local, layer=layer)
+            _check_shared(part.shared, len(part.rows), keys, vote_scale)
+    begin_decode(
+        query, batch, cache, rows, workspace, num_sink=num_sink, num_local=num_local, layer=layer, exchange=exchange
+    )
     for part in parts:
         first, stop, count = part.rows.start, part.rows.stop, len(part.rows)
         part_query, part_rows, req_pool_indices = (
@@ -81,14 +87,23 @@ def select_decode(
             rows.of(part.rows),
             batch.req_pool_indices[first:stop],
         )
-        shared, scored = part.shared, {"num_sink": num_sink, "vote_scale": vote_scale}
+        shared, scored = part.shared, dict[str, Any](num_sink=num_sink, vote_scale=vote_scale)
         shared_tiles = shared.shared_tiles if shared else None
         if shared:
             plan_chunks(req_pool_indices, part_rows, shared, workspace)
         score_decode(part_query, keys, req_pool_indices, part_rows, workspace, shared_tiles=shared_tiles, **scored)
         if shared:
             score_shared(part_query, keys, part_rows, shared, workspace, **scored)
-        vote(part_rows, count, workspace, shared_tiles=shared_tiles, lse=workspace.lse if shared else None)
+        vote(
+            part_rows,
+            count,
+            workspace,
+            shared_tiles=shared_tiles,
+            lse=workspace.lse if shared else None,
+            exchange=exchange,
+        )
+        if exchange is not None:
+            sum_votes(part_rows, count, workspace, exchange)
         emit(
             keys.req_to_token,
             req_pool_indices,
@@ -133,13 +148,13 @@ def _check(
         _check_probe(batch.probe, query)
 
 
-def _check_shared(part: DecodePart, keys: PagedKeys, vote_scale: float) -> None:
+def _check_shared(shared: SharedPrefixes, num_rows: int, keys: PagedKeys, vote_scale: float) -> None:
     if keys.num_kv_heads > MAX_SHARED_KV_HEADS:
         raise ValueError(
             f"num_kv_heads: expected at most {MAX_SHARED_KV_HEADS} where rows share tiles, got {keys.num_kv_heads}"
         )
-    if len(part.shared.segment) != len(part.rows):
-        raise ValueError(f"parts: expected shared tiles of {len(part.rows)} rows, got {len(part.shared.segment)}")
+    if len(shared.segment) != num_rows:
+        raise ValueError(f"parts: expected shared tiles of {num_rows} rows, got {len(shared.segment)}")
     if not keys.logit_scale(vote_scale) > 0:
         raise ValueError(f"vote_scale: expected more than 0 where rows share tiles, got {vote_scale}")
 

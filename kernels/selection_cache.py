@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .launch import start_next, wait_for_previous
 from .rows import SelectionRows
+from .vote_exchange import MESSAGE, VoteExchange, sum_over_ranks
 from .workspace import Workspace
 
 
@@ -155,7 +156,7 @@ class DecodeBatch:
 
 # Layers' views of stacked entries are not aligned alike, nor are the numbers of a step that lie in one buffer.
 @triton.jit(
-    do_not_specialize=["layer"],
+    do_not_specialize=["layer", "rank"],
     do_not_specialize_on_alignment=[
         "theta_ptr",
         "max_reuse_ptr",
@@ -182,10 +183,17 @@ def _begin_decode_kernel(
     tail_start_ptr,
     kv_end_ptr,
     cached_ptr,
+    memories_ptr,
+    sent_ptr,
     num_sink,
     num_local,
     layer,
+    rank,
+    first_message,
+    max_rows,
     stride_query_row,
+    WORLD: tl.constexpr,
+    MESSAGE: tl.constexpr,
     HAS_PROBE: tl.constexpr,
     QUERY_SIZE: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
@@ -217,15 +225,30 @@ def _begin_decode_kernel(
         if slot >= 0:
             voter = tl.load(cached_query_ptr + slot * QUERY_SIZE + offs, mask=inside, other=0).to(tl.float32)
             wide = query.to(tl.float32)
-            norm = tl.sqrt(tl.sum(wide * wide)) * tl.sqrt(tl.sum(voter * voter))
-            similar = tl.sum(wide * voter) >= tl.load(theta_ptr) * tl.maximum(norm, 1e-30)
+            dot, norm, voter_norm = tl.sum(wide * voter), tl.sum(wide * wide), tl.sum(voter * voter)
             vote_seq_len = tl.load(cached_seq_len_ptr + slot)
             age = seq_len - vote_seq_len
             fits = (age <= budget) & (budget - age <= tl.load(cached_vote_len_ptr + slot))
             young = (vote_seq_len > 0) & (age >= 0) & (age < tl.load(max_reuse_ptr))
-            # An entry without a vote may hold anything, NaN included: `similar` alone decides nothing.
-            if similar & fits & young:
-                cached = 1
+            # Else the entry may hold anything, NaN included, and there is nothing to ask other ranks.
+            if fits & young:
+                if WORLD > 1:
+                    dot, norm, voter_norm = sum_over_ranks(
+                        dot,
+                        norm,
+                        voter_norm,
+                        row,
+                        memories_ptr,
+                        sent_ptr,
+                        rank,
+                        first_message,
+                        max_rows,
+                        WORLD,
+                        MESSAGE,
+                    )
+                norm = tl.sqrt(norm) * tl.sqrt(voter_norm)
+                cached = (dot >= tl.load(theta_ptr) * tl.maximum(norm, 1e-30)).to(tl.int32)
+            if cached > 0:
                 # The local window grows by what came since the vote, and the vote gives up as many.
                 tail_start -= age
                 num_chosen -= age
@@ -255,6 +278,7 @@ def begin_decode(
     num_sink: int,
     num_local: int,
     layer: int = 0,
+    exchange: VoteExchange | None = None,
 ) -> None:
     """Decides for each row: everything, an earlier vote, or a new vote; one launch, no host sync.
 
@@ -268,6 +292,7 @@ def begin_decode(
         rows: filled for :func:`score_decode`, :func:`vote` and :func:`emit`.
         layer: which this is. The layer that `batch.probe` names leaves there the queries of all rows, also of those
             that attend to everything.
+        exchange: with the other ranks, since the cosine is over all heads; None: these are all that decide.
     """
     probe = batch.probe
     num_rows, query_size = len(batch), query.shape[1] * query.shape[2]
@@ -289,10 +314,17 @@ def begin_decode(
         rows.tail_start,
         rows.kv_end,
         rows.cached,
+        exchange.addresses if exchange else None,
+        exchange.sent if exchange else None,
         num_sink,
         num_local,
         layer,
+        exchange.rank if exchange else 0,
+        exchange.layout.first_message if exchange else 0,
+        exchange.layout.max_rows if exchange else 0,
         query.stride(0),
+        WORLD=exchange.layout.world_size if exchange else 1,
+        MESSAGE=MESSAGE,
         HAS_PROBE=probe is not None,
         QUERY_SIZE=query_size,
         QUERY_BLOCK=triton.next_power_of_2(query_size),

@@ -43,9 +43,10 @@ class SharedPrefixes:
     @classmethod
     def view(cls, memory: torch.Tensor, num_rows: int) -> SharedPrefixes:
         """Views of [>= :meth:`count_ints`] int32, so that one copy moves all."""
-        fixed = (memory[start : start + size] for start, size in zip(_STARTS, _SIZES, strict=False))
+        pieces = (memory[start : start + size] for start, size in zip(_STARTS, _SIZES, strict=False))
+        members, indptr, tiles, parent = pieces
         rows = memory[_STARTS[-1] :]
-        return cls(*fixed, shared_tiles=rows[:num_rows], segment=rows[aligned(num_rows) :][:num_rows])
+        return cls(members, indptr, tiles, parent, rows[:num_rows], rows[aligned(num_rows) :][:num_rows])
 
     @staticmethod
     def count_ints(num_rows: int) -> int:

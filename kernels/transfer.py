@@ -51,7 +51,7 @@ def _map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
         return function(tree)
     if isinstance(tree, tuple):
         return tuple(_map_tensors(item, function) for item in tree)
-    if dataclasses.is_dataclass(tree):
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
         return dataclasses.replace(tree, **{name: _map_tensors(item, function) for name, item in fields.items()})
     return tree

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .launch import start_next, wait_for_previous
 from .rows import SelectionRows, first_own_tile_of, first_tile_of, rows_block
+from .vote_exchange import VoteExchange, place_of_scores, store_scores
 from .vote_keys import vote_keys
 from .workspace import LEAST, SUBTILE, TILE, DecodeWorkspace, Workspace, previous_power_of_2
 
@@ -99,12 +100,15 @@ def _add_heads(
     best,
     head_scores_ptr,
     scores_ptr,
+    memories_ptr,
+    first_score,
     stride_scores_head,
     program,
     shared,
     NUM_KV_HEADS: tl.constexpr,
     TILE: tl.constexpr,
     TAKE: tl.constexpr,
+    WORLD: tl.constexpr,
 ):
     """Scores of the program's tiles among the first ``shared``, and the largest of their keys: [TILE]."""
     stride = tl.num_programs(0)
@@ -116,12 +120,12 @@ def _add_heads(
         for head in tl.static_range(NUM_KV_HEADS):
             offs = head * stride_scores_head + candidates
             scores += tl.load(head_scores_ptr + offs, mask=tiles < shared, other=0).to(tl.float32)
-        tl.store(scores_ptr + candidates, scores, mask=tiles < shared)
+        store_scores(scores_ptr, memories_ptr, first_score + candidates, scores, tiles < shared, WORLD)
         best = tl.maximum(best, tl.max(vote_keys(scores, candidates, tiles < shared), 0))
     return best
 
 
-@triton.jit(do_not_specialize_on_alignment=["num_candidates_ptr", "shared_tiles_ptr"])
+@triton.jit(do_not_specialize=["rank"], do_not_specialize_on_alignment=["num_candidates_ptr", "shared_tiles_ptr"])
 def _vote_kernel(
     terms_ptr,
     subtile_max_ptr,
@@ -134,6 +138,11 @@ def _vote_kernel(
     head_scores_ptr,
     scores_ptr,
     maxima_ptr,
+    memories_ptr,
+    summed_ptr,
+    rank,
+    first_place,
+    stride_place,
     stride_scores_head,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -145,6 +154,7 @@ def _vote_kernel(
     NUM_GROUPS: tl.constexpr,
     TAKE: tl.constexpr,
     ROWS: tl.constexpr,
+    WORLD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(1)
@@ -157,6 +167,9 @@ def _vote_kernel(
     wait_for_previous(PDL)
     start_next(PDL)
     if num_candidates > 0:
+        first_score = first_tile.to(tl.int64) * TILE
+        if WORLD > 1:
+            first_score += place_of_scores(tl.load(summed_ptr) + 1, rank, first_place, stride_place, WORLD)
         num_tiles = tl.cdiv(num_candidates, TILE)
         lanes = tl.arange(0, TILE)
         heads = tl.arange(0, HEADS_BLOCK)
@@ -179,17 +192,19 @@ def _vote_kernel(
         else:
             shared = tl.load(shared_tiles_ptr + row)
             lse = tl.load(lse_ptr + row * NUM_HEADS + heads, mask=heads < NUM_HEADS, other=float("inf"))
-            first_score = first_tile.to(tl.int64) * TILE
             best = _add_heads(
                 best,
-                head_scores_ptr + first_score,
-                scores_ptr + first_score,
+                head_scores_ptr + first_tile.to(tl.int64) * TILE,
+                scores_ptr,
+                memories_ptr,
+                first_score,
                 stride_scores_head,
                 program,
                 shared,
                 NUM_KV_HEADS,
                 TILE,
                 TAKE,
+                WORLD,
             )
         # The program's tiles are those that leave the same remainder, whoever scored them.
         skipped = tl.cdiv(tl.maximum(shared - program, 0), tl.num_programs(0)) * tl.num_programs(0)
@@ -206,13 +221,14 @@ def _vote_kernel(
             weights = tl.exp2(subtile_max - lse[:, None])
             terms = tl.reshape(terms.to(tl.float32), (HEADS_BLOCK, TILE // SUBTILE, SUBTILE))
             scores = tl.reshape(tl.sum(terms * weights[:, :, None], 0), (TILE,))
-            tl.store(scores_ptr + (first_tile.to(tl.int64) + tile) * TILE + lanes, scores)
             candidates = tile * TILE + lanes
+            store_scores(scores_ptr, memories_ptr, first_score + candidates, scores, None, WORLD)
             best = tl.maximum(best, vote_keys(scores, candidates, candidates < num_candidates))
         # Candidate j is in group j % NUM_GROUPS. So neighbours, which are often chosen together, and
         # the first of many ties are in groups of their own.
-        groups = row.to(tl.int64) * NUM_GROUPS + (program * TILE + lanes) % NUM_GROUPS
-        tl.atomic_max(maxima_ptr + groups, best, mask=best >= 0, sem="relaxed")
+        if WORLD == 1:
+            groups = row.to(tl.int64) * NUM_GROUPS + (program * TILE + lanes) % NUM_GROUPS
+            tl.atomic_max(maxima_ptr + groups, best, mask=best >= 0, sem="relaxed")
 
 
 def vote(
@@ -222,12 +238,15 @@ def vote(
     *,
     shared_tiles: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    exchange: VoteExchange | None = None,
 ) -> None:
     """Sums the heads' votes to one score for each candidate, for :func:`emit`.
 
     Args:
         shared_tiles: as in :func:`score_decode`; the votes of each KV head's heads are summed already.
         lse: with ``shared_tiles``, [at least num_rows, num_qo_heads] float32, base 2, over all candidates of a row.
+        exchange: the heads are those of one rank, and the scores go to all ranks, where :func:`sum_votes` adds them
+            up; None: these are all heads that vote.
     """
     limits = workspace.limits
     programs = previous_power_of_2(VOTE_PROGRAMS * workspace.num_multiprocessors // num_rows)
@@ -245,6 +264,11 @@ def vote(
         workspace.head_scores,
         workspace.scores,
         workspace.maxima,
+        exchange.addresses if exchange else None,
+        exchange.summed if exchange else None,
+        exchange.rank if exchange else 0,
+        exchange.layout.first_place if exchange else 0,
+        exchange.layout.place_size if exchange else 0,
         workspace.head_scores.stride(0),
         NUM_HEADS=workspace.num_qo_heads,
         NUM_KV_HEADS=workspace.num_kv_heads,
@@ -256,6 +280,7 @@ def vote(
         NUM_GROUPS=limits.num_groups,
         TAKE=TAKE_TILES,
         ROWS=rows_block(num_rows),
+        WORLD=exchange.layout.world_size if exchange else 1,
         PDL=workspace.pdl,
         launch_pdl=workspace.pdl,
         num_warps=1,

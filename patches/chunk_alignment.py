@@ -71,7 +71,14 @@ def aligned_end(start: int, end: int, block: int) -> int:
     return aligned if aligned > start else end
 
 
+_USES = (
+    f"{_ADDER}.can_run_list",
+    f"{_ADDER}.new_chunked_req",
+    f"{_ADDER}.rem_chunk_tokens",
+    "sglang.srt.managers.schedule_policy.AddReqResult.OTHER",
+    "sglang.srt.managers.schedule_batch.Req.full_untruncated_fill_ids",
+)
 HOOKS = (
-    Hook(f"{_ADDER}.add_one_req", "around", _admit),
-    Hook(f"{_ADDER}.add_chunked_req", "after", _continue_chunked),
+    Hook(f"{_ADDER}.add_one_req", "around", _admit, ("self", "req"), _USES),
+    Hook(f"{_ADDER}.add_chunked_req", "after", _continue_chunked, ("self", "req")),
 )

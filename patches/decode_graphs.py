@@ -69,9 +69,28 @@ def _is_ours(runner: Any) -> bool:
     return hasattr(runner.attn_backend, "decode_step")
 
 
+_CAPTURE_MODE = "sglang.srt.model_executor.runner_utils.capture_mode"
+_CAPTURE_USES = (
+    f"{_CAPTURE_MODE}._set_capture_lora_variant",
+    f"{_CAPTURE_MODE}.get_capture_lora_variant",
+    f"{_RUNNER}.record_nolora_graph",
+)
+_FORWARD = ("self", "forward_batch")
 HOOKS = (
-    Hook(f"{_RUNNER}.capture_one_shape", "after", _capture),
-    Hook(f"{_RUNNER}._resolve_lora_variant", "around", _variant),
-    Hook(f"{_RUNNER}.can_run_graph", "after", _can_run),
-    Hook(f"{_RUNNER}.execute", "after", _read_until_the_end),
+    Hook(
+        f"{_RUNNER}.capture_one_shape",
+        "after",
+        _capture,
+        ("self", "size", "forward", "stream_idx", "variant_label"),
+        _CAPTURE_USES,
+    ),
+    Hook(f"{_RUNNER}._resolve_lora_variant", "around", _variant, _FORWARD),
+    Hook(f"{_RUNNER}.can_run_graph", "after", _can_run, _FORWARD),
+    Hook(
+        f"{_RUNNER}.execute",
+        "after",
+        _read_until_the_end,
+        _FORWARD,
+        (f"{_RUNNER}.war_fastpath_read_done_event",),
+    ),
 )

@@ -55,8 +55,14 @@ def _accept(scheduler: Any, received: list[Any]) -> tuple[tuple, dict] | None:
 
 
 HOOKS = (
-    Hook(f"{_SCHEDULER}.__init__", "after", _add_agent),
-    Hook(f"{_SCHEDULER}.run_batch", "before", _observe),
-    Hook(f"{_RECEIVER}._pull_raw_reqs", "after", _deliver),
-    Hook(f"{_SCHEDULER}.process_input_requests", "before", _accept),
+    Hook(
+        f"{_SCHEDULER}.__init__",
+        "after",
+        _add_agent,
+        ("self", "server_args"),
+        (f"{_SCHEDULER}.tp_worker", f"{_SCHEDULER}.request_receiver"),
+    ),
+    Hook(f"{_SCHEDULER}.run_batch", "before", _observe, ("self", "batch")),
+    Hook(f"{_RECEIVER}._pull_raw_reqs", "after", _deliver, ("self",)),
+    Hook(f"{_SCHEDULER}.process_input_requests", "before", _accept, ("self", "recv_reqs")),
 )

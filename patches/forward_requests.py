@@ -20,4 +20,13 @@ def _stage(result: Any, cls: type, batch: Any, model_runner: Any, *args: Any, **
         stage(batch.req_pool_indices_cpu.tolist(), batch.reqs, batch.tree_cache)
 
 
-HOOKS = (Hook("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", "after", _stage),)
+_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
+HOOKS = (
+    Hook(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+        "after",
+        _stage,
+        ("cls", "batch", "model_runner"),
+        (f"{_BATCH}.req_pool_indices_cpu", f"{_BATCH}.reqs", f"{_BATCH}.tree_cache"),
+    ),
+)

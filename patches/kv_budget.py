@@ -22,23 +22,28 @@ def _leave_room(result: int, configurator: Any, *args: Any, **kwargs: Any) -> in
     server_args = configurator.server_args
     if server_args.attention_backend != BACKEND or configurator.device != "cuda":
         return None
-    from sglang_tokenselect.gpu_buffers import reserved_bytes
+    from sglang_tokenselect.memory_plan import MemoryPlan
 
     config = flags.attached(server_args)
     if not config.selects_by.has_kernels:
         return None
-    needed = reserved_bytes(config, configurator.model_config, configurator.kv_cache_dtype, server_args)
+    plan = MemoryPlan(config, configurator.model_config, configurator.kv_cache_dtype, server_args)
+    needed = plan.num_bytes
     if needed >= result:
-        raise Refusal(
-            "GPU memory",
-            f"more than the {needed:,} bytes of the selection, which cache_requests={config.cache_requests} is part of",
-            f"{result:,}",
+        reason = (
+            f"a --mem-fraction-static above {server_args.mem_fraction_static} gives the KV pool more; {plan.advice()}"
         )
+        raise Refusal("GPU memory", f"more than the {needed:,} bytes of the selection", f"{result:,}", reason)
     return result - needed
 
 
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 HOOKS = (
     Hook(
-        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes", "after", _leave_room
+        f"{_CONFIGURATOR}._profile_available_bytes",
+        "after",
+        _leave_room,
+        ("self",),
+        tuple(f"{_CONFIGURATOR}.{name}" for name in ("server_args", "device", "model_config", "kv_cache_dtype")),
     ),
 )

@@ -39,6 +39,18 @@ def _check_options(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> N
     tokenized.extra_key = extra_key + options.cache_salt
 
 
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_TOKENIZED = "sglang.srt.managers.io_struct.TokenizedGenerateReqInput"
 HOOKS = (
-    Hook("sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object", "after", _check_options),
+    Hook(
+        f"{_MANAGER}._create_tokenized_object",
+        "after",
+        _check_options,
+        ("self",),
+        (
+            f"{_MANAGER}.server_args",
+            *(f"{_TOKENIZED}.{name}" for name in ("sampling_params", "extra_key", "session_params")),
+            "sglang.srt.sampling.sampling_params.SamplingParams.custom_params",
+        ),
+    ),
 )

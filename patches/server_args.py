@@ -32,15 +32,24 @@ def _add_flags(result: Any, parser: argparse.ArgumentParser, *args: Any, **kwarg
 
 def _attach_options(original: Any, cls: type, namespace: argparse.Namespace) -> Any:
     try:
-        options = flags.given_options(namespace)
-        config = TokenSelectConfig.from_options(options)
-        _allow_longer_context(config)
-        server_args = original(cls, namespace)
-        refusals.check_server_args(server_args, config, options_given=bool(options))
+        server_args, config, options_given = read_flags(original, cls, namespace)
+        refusals.check_server_args(server_args, config, options_given=options_given)
     except (ConfigError, refusals.Refusal) as error:
         sys.exit(f"error: {error}")
     flags.attach(server_args, config)
     return server_args
+
+
+def read_flags(original: Any, cls: type, namespace: argparse.Namespace) -> tuple[Any, TokenSelectConfig, bool]:
+    """SGLang's arguments, our configuration, and whether any of its options was given; nothing is checked yet.
+
+    Args:
+        original: `ServerArgs.from_cli_args` without hooks, of `cls`.
+    """
+    options = flags.given_options(namespace)
+    config = TokenSelectConfig.from_options(options)
+    _allow_longer_context(config)
+    return original(cls, namespace), config, bool(options)
 
 
 def accept_engine_keyword() -> None:
@@ -64,7 +73,7 @@ def accept_engine_keyword() -> None:
         flags.attach(server_args, config)
         return server_args
 
-    server_args_with_options.accepts_tokenselect = True
+    server_args_with_options.accepts_tokenselect = True  # type: ignore[attr-defined]
     engine.Engine.server_args_class = staticmethod(server_args_with_options)
 
 
@@ -76,6 +85,6 @@ def _allow_longer_context(config: TokenSelectConfig) -> None:
 
 
 HOOKS = (
-    Hook(f"{_SERVER_ARGS}.add_cli_args", "after", _add_flags),
-    Hook(f"{_SERVER_ARGS}.from_cli_args", "around", _attach_options),
+    Hook(f"{_SERVER_ARGS}.add_cli_args", "after", _add_flags, ("parser",)),
+    Hook(f"{_SERVER_ARGS}.from_cli_args", "around", _attach_options, ("cls", "args")),
 )

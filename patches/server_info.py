@@ -17,4 +17,13 @@ def _add_report(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         result.internal_state["tokenselect"] = report()
 
 
-HOOKS = (Hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", "after", _add_report),)
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+HOOKS = (
+    Hook(
+        f"{_SCHEDULER}.get_internal_state",
+        "after",
+        _add_report,
+        ("self",),
+        (f"{_SCHEDULER}.tp_worker", "sglang.srt.managers.io_struct.GetInternalStateReqOutput.internal_state"),
+    ),
+)

@@ -20,7 +20,7 @@ from sglang_tokenselect import flags, refusals
 from sglang_tokenselect.create_runner import create_runner
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.shared_segment import SharedSegment
-from sglang_tokenselect.patches import chunk_alignment, decode_graphs, install
+from sglang_tokenselect.patches import chunk_alignment, decode_graphs, install, kv_scales
 from sglang_tokenselect.planner import StagedRequests, plan_forward
 from sglang_tokenselect.prefix_groups import PrefixGroups
 from sglang_tokenselect.request_options import parse_options
@@ -75,11 +75,12 @@ class TokenSelectAttnBackend(AttentionBackend):
         logger.info("TokenSelect: %s; runner: %s", self.config, type(self.runner).__name__)
 
     def report(self) -> dict[str, Any]:
-        """Configuration as started, effort in force and counters, for `/server_info`."""
+        """Configuration as started, effort in force, counters, and who holds selections, for `/server_info`."""
         return {
             "config": self.config.to_options(),
             "effort": asdict(self.runner.effort),
             "counters": self.runner.report().to_dict(),
+            "lent_entries": self.runner.lent_entries,
         }
 
     def stage_requests(self, rows: list[int], reqs: Sequence[Any], tree_cache: Any) -> None:
@@ -164,7 +165,7 @@ class TokenSelectAttnBackend(AttentionBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        """Writes k and v of the new tokens, then attends.
+        """Writes k and v of the new tokens, then attends. Both may hold anything afterwards: scales divide in place.
 
         Args:
             q: [num_tokens, num_qo_heads * head_dim].
@@ -178,16 +179,17 @@ class TokenSelectAttnBackend(AttentionBackend):
             out = self.runner.dense.forward(q, k, v, layer, forward_batch, save_kv_cache)
         else:
             if save_kv_cache:
-                self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
-            layer_input = LayerInput.of_pool(self.token_to_kv_pool, layer.layer_id, layer.scaling, layer.logit_cap)
+                where, scales = KVWriteLoc(forward_batch.out_cache_loc), kv_scales.write_scales(layer)
+                self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *scales)
+            layer_input = LayerInput.of_pool(self.token_to_kv_pool, layer)
             query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
             out = self.runner.run(query, layer_input).flatten(1)
         if self._recorder is not None:
-            self._record(q, layer)
+            self._record(self._recorder, q, layer)
         return out
 
     forward_extend = forward_decode
 
-    def _record(self, q: torch.Tensor, layer: RadixAttention) -> None:
-        layer_input = LayerInput.of_pool(self.token_to_kv_pool, layer.layer_id, layer.scaling, layer.logit_cap)
-        self._recorder.record(q.view(-1, layer.tp_q_head_num, layer.head_dim), layer_input)
+    def _record(self, recorder: Recorder, q: torch.Tensor, layer: RadixAttention) -> None:
+        layer_input = LayerInput.of_pool(self.token_to_kv_pool, layer)
+        recorder.record(q.view(-1, layer.tp_q_head_num, layer.head_dim), layer_input)

@@ -17,6 +17,10 @@ class CacheSlots:
         self._free = list(reversed(range(num_slots)))
         self._slot_of: dict[int, int] = {}
 
+    @property
+    def num_lent(self) -> int:
+        return len(self._slot_of)
+
     def release(self, rows: Iterable[int]) -> None:
         """Takes back the entries of these rows, if they have any."""
         for row in rows:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_tokenselect.demo_questions import LENGTHS, QUESTIONS, SEEDS
+from sglang_tokenselect.doctor import options as doctor_options
 from sglang_tokenselect.evaluation import options as evaluation_options
 from sglang_tokenselect.fidelity import options as fidelity_options
 from sglang_tokenselect.parsers import parse_above_zero, parse_within
@@ -26,7 +28,8 @@ MAX_SECONDS = 86400
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     # A console that cannot show a character shows `?` in its place.
-    sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     # Ended from outside, a command still stops what it started.
     signal.signal(signal.SIGTERM, _exit_on_signal)
     args = build_parser().parse_args(argv)
@@ -161,6 +164,12 @@ def _run_eval(args: argparse.Namespace) -> int:
     return run_eval(args)
 
 
+def _run_doctor(args: argparse.Namespace) -> int:
+    from sglang_tokenselect.doctor.command import run_doctor
+
+    return run_doctor(args)
+
+
 def _run_fidelity(args: argparse.Namespace) -> int:
     from sglang_tokenselect.fidelity.command import run_fidelity
 
@@ -211,6 +220,11 @@ COMMANDS = {
         "Measures, layer by layer, how much of a model's dense attention a selection keeps, and what should be dense.",
         fidelity_options.add_options,
         _run_fidelity,
+    ),
+    "doctor": (
+        "Tells versions, GPUs, plugin and hooks, and what a server with the given flags would need or be refused for.",
+        doctor_options.add_options,
+        _run_doctor,
     ),
 }
 

@@ -78,6 +78,12 @@ class TokenSelectConfig:
         "request scores its prefix by itself",
         minimum=0,
     )
+    vote: str = _option(
+        "global",
+        "with --tp: whose heads choose. global: those of all ranks together, the same tokens as on one GPU; local: "
+        "each rank's own, so that ranks exchange nothing",
+        choices=("global", "local"),
+    )
     dense_layers: tuple[int, ...] = _option((), "layers that attend to everything, such as 0,1,30-31")
     vote_scale: float = _option(1.0, "factor of the logits in the vote (not in the attention)", above=0.0)
     max_budget: int | None = _option(
@@ -167,6 +173,10 @@ class TokenSelectConfig:
         """Queries of a prefill whose mean casts one row of votes."""
         return self.block if self.selects_by.votes_once else self.sub_block
 
+    def voting_ranks(self, tp_size: int) -> int:
+        """Ranks that choose together."""
+        return tp_size if self.vote == "global" else 1
+
     @property
     def is_compact(self) -> bool:
         return self.positions == "compact"
@@ -178,15 +188,16 @@ class TokenSelectConfig:
         Raises:
             ConfigError: unknown option, or a value that is not allowed.
         """
-        if isinstance(options, cls):
+        if isinstance(options, TokenSelectConfig):
             return options
-        if not isinstance(options or {}, dict):
+        options = {} if options is None else options
+        if not isinstance(options, dict):
             raise ConfigError("options", "a dict or TokenSelectConfig", options)
         known = [option.name for option in fields(cls)]
-        for name in options or {}:
+        for name in options:
             if name not in known:
                 raise ConfigError("option", f"one of {', '.join(known)}", name)
-        values = dict(options or {})
+        values = dict(options)
         if "dense_layers" in values:
             values["dense_layers"] = tuple(values["dense_layers"])
         return cls(**values)
@@ -215,7 +226,7 @@ def check_option(name: str, value: Any) -> None:
         if not isinstance(value, kind):
             raise ConfigError(name, "true or false" if kind is bool else "a string", value)
         return
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not abs(value) < 2**63:
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)) or not abs(value) < 2**63:
         raise ConfigError(name, "an integer" if kind is int else "a finite number", value)
     if "minimum" in bounds and value < bounds["minimum"]:
         raise ConfigError(name, f"at least {bounds['minimum']}", value)

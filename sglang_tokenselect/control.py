@@ -30,9 +30,10 @@ FIELDS = {"get": {"command"}, "set": {"command", "options"}}
 class Configurable(Protocol):
     """What of a Controller is needed here."""
 
-    config: TokenSelectConfig
+    @property
+    def config(self) -> TokenSelectConfig: ...
 
-    def configure(self, changes: Mapping[str, object]) -> TokenSelectConfig: ...
+    def configure(self, changes: Mapping[str, Any]) -> TokenSelectConfig: ...
 
 
 def answer(request: bytes, controller: Configurable, snapshot: Snapshot | None) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from statistics import median
 from threading import Lock
+from typing import Any
 
 from sglang_tokenselect.config import ConfigError, TokenSelectConfig
 from sglang_tokenselect.effort import LOWEST_LEVEL, Effort, effort_at, highest_level
@@ -149,7 +150,7 @@ class Controller:
         """The cheapest level that the quality guard allows."""
         return self._guard.cheapest
 
-    def configure(self, changes: Mapping[str, object]) -> TokenSelectConfig:
+    def configure(self, changes: Mapping[str, Any]) -> TokenSelectConfig:
         """Changes some of RUNTIME_OPTIONS; the next step's policy starts anew from the present level. From any thread.
 
         Raises:

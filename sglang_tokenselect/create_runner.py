@@ -12,8 +12,10 @@ import torch
 
 from sglang_tokenselect import refusals
 from sglang_tokenselect.config import TokenSelectConfig
+from sglang_tokenselect.memory_plan import MemoryPlan, told_if_out_of_memory
 from sglang_tokenselect.model_shape import ModelShape, attention_layers, common_logit_cap, sliding_layers
-from sglang_tokenselect.patches import decode_graphs, rope
+from sglang_tokenselect.patches import decode_graphs, kv_scales, rope
+from sglang_tokenselect.ranks import Ranks
 from sglang_tokenselect.runner import LayerInput, Runner
 
 if TYPE_CHECKING:
@@ -38,11 +40,12 @@ def create_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> Runne
         return _create_gpu_runner(model_runner, config)
     from sglang_tokenselect.torch_runner import TorchRunner
 
-    layers = attention_layers(model_runner.model)
+    layers = _layers_of(model_runner)
     refusals.check_torch(model_runner.model_config, sliding_layers(layers))
     ropes = rope.take_over_rope(model_runner.model) if config.is_compact else {}
     sampled = [layer.layer_id for layer in layers if layer.layer_id not in config.dense_layers]
-    return TorchRunner(config, model_runner.req_to_token_pool.req_to_token, ropes, sampled)
+    ranks = Ranks.of_server(model_runner.server_args, config)
+    return TorchRunner(config, model_runner.req_to_token_pool.req_to_token, ropes, sampled, ranks)
 
 
 def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> GpuRunner:
@@ -51,18 +54,28 @@ def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> 
     from sglang_tokenselect.flashinfer_attention import AttentionSpec, DecodeAttention, PrefillAttention
     from sglang_tokenselect.gpu_buffers import GpuBuffers
     from sglang_tokenselect.gpu_runner import GpuRunner
+    from sglang_tokenselect.kernels.vote_exchange import ExchangeLayout
+    from sglang_tokenselect.peer_memory import open_exchange
 
-    layers = attention_layers(model_runner.model)
+    layers = _layers_of(model_runner)
     sliding, logit_cap = sliding_layers(layers), common_logit_cap(layers)
     always_dense = sliding | set(config.dense_layers)
     layer_ids = [layer.layer_id for layer in layers if layer.layer_id not in always_dense]
-    shape = ModelShape.of(model_runner.model_config, model_runner.kv_cache_dtype, len(layer_ids))
+    tp_size, ranks = model_runner.server_args.tp_size, Ranks.of_server(model_runner.server_args, config)
+    shape = ModelShape.of(model_runner.model_config, model_runner.kv_cache_dtype, len(layer_ids), tp_size)
     capability = torch.cuda.get_device_capability(model_runner.device)
-    refusals.check_gpu(capability, shape, model_runner.dtype, config, sliding)
+    refusals.check_gpu(capability, shape, config, sliding)
     table = rope.common_rope(rope.take_over_rope(model_runner.model), shape.head_dim) if config.is_compact else None
-    dense = None if config.is_compact else DenseBackend(model_runner, logit_cap)
+    dense = None if config.is_compact else DenseBackend(model_runner, logit_cap, kv_scales.are_scaled(layers))
     pool = model_runner.req_to_token_pool
-    buffers = GpuBuffers.allocate(config, shape, max_rows=pool.size, device=model_runner.device)
+    device = torch.device(model_runner.device, model_runner.gpu_id)
+    plan = MemoryPlan(config, model_runner.model_config, model_runner.kv_cache_dtype, model_runner.server_args)
+    exchange = None
+    with told_if_out_of_memory("the selection's buffers", plan):
+        buffers = GpuBuffers.allocate(config, shape, pool.size, device, num_ranks=ranks.world_size)
+        if ranks.group is not None:
+            layout = ExchangeLayout.of(ranks.world_size, buffers.workspace.limits)
+            exchange = open_exchange(ranks.group, layout, device)
     decode_graphs.capture_all()
     logger.info(
         "TokenSelect: %.0f MiB on the GPU, %.0f MiB of it for the decode selections of %d requests in %d layers",
@@ -84,19 +97,29 @@ def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> 
         dense_in_all_forwards=len(layer_ids) < len(layers),
         rope=table,
         sampled_layers=[partial(_layer_input, model_runner, layer) for layer in layers if layer.layer_id in layer_ids],
+        exchange=exchange,
+        sum_over_ranks=ranks.sum_ if ranks.group is not None else None,
     )
     if runner.min_group != config.min_group:
         logger.warning(
             "TokenSelect: shared prefixes are scored for each request, as there are %d KV heads", shape.num_kv_heads
         )
     begin = time.perf_counter()
-    runner.warm_up(LayerInput.of_pool(model_runner.token_to_kv_pool, layer_ids[0]))
+    with told_if_out_of_memory("the warm-up of its kernels", plan):
+        runner.warm_up(_layer_input(model_runner, next(layer for layer in layers if layer.layer_id in layer_ids)))
     logger.info("TokenSelect: kernels of prefill ready after %.0f s", time.perf_counter() - begin)
     return runner
 
 
+def _layers_of(model_runner: ModelRunner) -> list[RadixAttention]:
+    """Whose keys and values are written and read with the same scales from now on."""
+    layers = attention_layers(model_runner.model)
+    kv_scales.settle_scales(layers, model_runner.kv_cache_dtype)
+    return layers
+
+
 def _layer_input(model_runner: ModelRunner, layer: RadixAttention) -> LayerInput:
-    return LayerInput.of_pool(model_runner.token_to_kv_pool, layer.layer_id, layer.scaling, layer.logit_cap)
+    return LayerInput.of_pool(model_runner.token_to_kv_pool, layer)
 
 
 def _float_workspace(device: str) -> torch.Tensor:

@@ -41,7 +41,7 @@ def run_ctl(request: Mapping[str, Any], endpoint: str, *, as_json: bool, timeout
     try:
         with open_client(zmq.REQ, endpoint) as client:
             client.send(json.dumps(request).encode())
-            if not client.poll(1000 * timeout):
+            if not client.poll(round(1000 * timeout)):
                 return _fail(f"ctl: expected an answer from {endpoint} within {timeout:g} s, got none")
             reply = client.recv()
     except ConfigError as error:

@@ -94,12 +94,14 @@ class Asker:
         seconds = time.monotonic() - begin
         after = self._server.counters() if has_counters else {}
         text, usage = completion.choices[0].text.strip(), completion.usage
+        if usage is None:
+            raise ValueError("usage: expected it in SGLang's answer, got none")
         details = usage.prompt_tokens_details
         return Answer(
             text=text,
             is_right=tasks.score(text, sample.answers) == 1.0,
             prompt_tokens=usage.prompt_tokens,
-            cached_tokens=details.cached_tokens if details else 0,
+            cached_tokens=(details.cached_tokens or 0) if details else 0,
             seconds=seconds,
             **attended_between(before, after),
         )

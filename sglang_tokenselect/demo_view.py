@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from sglang_tokenselect.demo import Answer, Row
 
 # Header, width without a terminal, justification.
-COLUMNS = (
+Justify = Literal["left", "right"]
+COLUMNS: tuple[tuple[str, int, Justify], ...] = (
     ("length", 6, "right"),
     ("asked for", 26, "left"),
     ("expected", 14, "left"),

@@ -13,17 +13,23 @@ from sglang_tokenselect.runner import Graph
 
 
 class DenseBackend(FlashInferAttnBackend):
-    """As SGLang's, exact for models with a soft cap of the logits or with sliding windows.
+    """As SGLang's, exact for models with a soft cap of the logits or sliding windows, and for scaled keys and values.
 
     SGLang hands the cap to each run but not to the plan, which is where FlashInfer chooses between a kernel that caps
     and one that does not; so its models with a cap run without it. And its prefill over the new tokens alone forgets
-    the window, which the one over the paged pool (`use_paged`) has.
+    the window, which the one over the paged pool (`use_paged`) has. Where it merges new tokens with a prefix, 0.5.17
+    forgets the prefix's scales, which `use_paged` has too.
     """
 
-    def __init__(self, model_runner: Any, logit_cap: float) -> None:
+    def __init__(self, model_runner: Any, logit_cap: float, is_scaled: bool) -> None:
+        """
+        Args:
+            logit_cap: of all layers, 0 for none.
+            is_scaled: keys or values are stored by a scale other than 1.
+        """
         self._logit_cap = logit_cap
         super().__init__(model_runner)
-        self.use_paged = self.use_paged or model_runner.sliding_window_size is not None
+        self.use_paged: bool = self.use_paged or model_runner.sliding_window_size is not None or is_scaled
         for wrapper in (*self.decode_wrappers, *self.prefill_wrappers_paged, self.prefill_wrapper_ragged):
             self._plan_with_cap(wrapper)
 

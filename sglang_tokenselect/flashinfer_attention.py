@@ -19,9 +19,8 @@ from flashinfer import (
 )
 
 from sglang_tokenselect.model_shape import ModelShape
+from sglang_tokenselect.runner import LayerInput
 from sglang_tokenselect.slot_lists import SlotLists
-
-KVCache = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,10 @@ class AttentionSpec:
             "logits_soft_cap": self.logit_cap,
         }
 
+    def run_options(self, layer: LayerInput) -> dict[str, Any]:
+        """The scales as numbers of the host: a tensor's would be waited for, which no graph can capture."""
+        return {**self.variant, "sm_scale": layer.scaling, "k_scale": layer.k_scale, "v_scale": layer.v_scale}
+
     @property
     def plan_options(self) -> dict[str, Any]:
         return {
@@ -57,7 +60,7 @@ class AttentionSpec:
             "num_kv_heads": self.shape.num_kv_heads,
             "page_size": 1,
             "q_data_type": self.shape.dtype,
-            "kv_data_type": self.shape.dtype,
+            "kv_data_type": self.shape.kv_dtype,
         }
 
 
@@ -132,9 +135,9 @@ class DecodeAttention:
             **self._spec.plan_options,
         )
 
-    def run(self, query: torch.Tensor, kv_cache: KVCache, scaling: float) -> torch.Tensor:
+    def run(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
         """Attention of one layer: [num_rows, num_qo_heads, head_dim], as `query`."""
-        return self._wrapper.forward(query, kv_cache, sm_scale=scaling, **self._spec.variant)
+        return self._wrapper.forward(query, (layer.key_pool, layer.value_pool), **self._spec.run_options(layer))
 
     def _make_wrapper(self, **graph_options: Any) -> BatchDecodeWithPagedKVCacheWrapper:
         wrapper = BatchDecodeWithPagedKVCacheWrapper(
@@ -159,7 +162,8 @@ class PrefillAttention:
 
     def __init__(self, spec: AttentionSpec, float_workspace: torch.Tensor) -> None:
         self._spec = spec
-        # FlashInfer's kernels for Hopper (fa3) do not rotate, and do not say so when they are asked for by name.
+        # FlashInfer's kernels for Hopper (fa3) do not rotate, and do not say so when they are asked for by name. "auto"
+        # knows that they take no float8 keys.
         backend = "auto" if spec.rope_theta is None else "fa2"
         self._wrapper = BatchPrefillWithPagedKVCacheWrapper(float_workspace, "NHD", backend=backend)
         self._turns = _PinnedTurns(self._wrapper._int_workspace_buffer.numel())
@@ -180,6 +184,7 @@ class PrefillAttention:
             **self._spec.plan_options,
         )
 
-    def run(self, query: torch.Tensor, kv_cache: KVCache, scaling: float) -> torch.Tensor:
+    def run(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
         """Attention of one layer: [num_tokens, num_qo_heads, head_dim], as `query`."""
-        return self._wrapper.forward(query, kv_cache, causal=True, sm_scale=scaling, **self._spec.variant)
+        pools = layer.key_pool, layer.value_pool
+        return self._wrapper.forward(query, pools, causal=True, **self._spec.run_options(layer))

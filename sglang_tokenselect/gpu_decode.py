@@ -24,6 +24,7 @@ from sglang_tokenselect.kernels.selection_cache import DecodeBatch, Probe
 from sglang_tokenselect.kernels.shared_plan import SharedPlan, SharedPrefixes
 from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.kernels.transfer import aligned, int32, pinned, to_device
+from sglang_tokenselect.kernels.vote_exchange import VoteExchange
 from sglang_tokenselect.planner import RequestPlan
 from sglang_tokenselect.runner import Graph, LayerInput
 from sglang_tokenselect.slot_lists import SlotLists
@@ -54,17 +55,18 @@ class GpuDecode:
         req_to_token: torch.Tensor,
         attention: DecodeAttention,
         rope: Rope | None,
+        exchange: VoteExchange | None,
     ) -> None:
         """For the arguments see GpuRunner."""
         device = req_to_token.device
         self._config, self._buffers, self._req_to_token = config, buffers, req_to_token
-        self._attention, self._rope = attention, rope
+        self._attention, self._rope, self._exchange = attention, rope, exchange
         self._layers = {layer_id: i for i, layer_id in enumerate(layer_ids)}
         self._max_rows = len(buffers.probe)
         self._positions = torch.full((self._max_rows,), config.local, dtype=torch.int32, device=device)
         self._graph_indices = torch.empty(0, dtype=torch.int32, device=device)
         self._padding_slots = 0
-        self._step: _Step | None = None
+        self._step: _Step  # of the last `begin`
         # Asked several times in a step, with and without the rows that pad it, and most steps are like the one before.
         self._plan_shared = lru_cache(maxsize=4)(
             partial(SharedPlan.of, num_sink=config.sink, min_rows=max(config.min_group, 2))
@@ -146,7 +148,7 @@ class GpuDecode:
             probe=Probe(step[3, 2:3], self._buffers.probe),
         )
         if graph is Graph.CAPTURE:
-            parts = (self._graph_part(num_rows, captures_shared),)
+            parts: tuple[DecodePart, ...] = (self._graph_part(num_rows, captures_shared),)
             if captures_shared:
                 self._write_shared(SharedPlan.empty(num_rows))
         else:
@@ -172,7 +174,7 @@ class GpuDecode:
             query = scored
         select_decode(
             query,
-            PagedKeys(layer.key_pool, self._req_to_token),
+            PagedKeys(layer.key_pool, self._req_to_token, layer.k_scale),
             step.batch,
             buffers.caches.layer(index),
             buffers.rows,
@@ -183,6 +185,7 @@ class GpuDecode:
             vote_scale=config.vote_scale,
             parts=step.parts,
             layer=index,
+            exchange=self._exchange,
         )
 
     def attended_positions(self, request: RequestPlan) -> torch.Tensor:
@@ -193,7 +196,7 @@ class GpuDecode:
         return torch.isin(slots, attended).nonzero().flatten()
 
     def attend(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
-        return self._attention.run(query, (layer.key_pool, layer.value_pool), layer.scaling)
+        return self._attention.run(query, layer)
 
     def _graph_part(self, num_rows: int, shares: bool) -> DecodePart:
         """All rows; what they share is read from memory that each step writes."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.gpu_buffers import GpuBuffers
+from sglang_tokenselect.kernels.block_votes import BlockRanks
 from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference.positions import Rope
-from sglang_tokenselect.kernels.reference.prefill import cut_blocks, first_sparse_position
+from sglang_tokenselect.kernels.reference.prefill import Combine, cut_blocks, first_sparse_position
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.rotate import rotate
 from sglang_tokenselect.kernels.rows import EVERYTHING
@@ -47,11 +48,12 @@ class GpuExtend:
         req_to_token: torch.Tensor,
         attention: PrefillAttention,
         rope: Rope | None,
+        ranks: BlockRanks | None,
     ) -> None:
         """For the arguments see GpuRunner."""
         self._config, self._buffers, self._req_to_token = config, buffers, req_to_token
-        self._attention, self._rope = attention, rope
-        self._extend: _Extend | None = None
+        self._attention, self._rope, self._ranks = attention, rope, ranks
+        self._extend: _Extend  # of the last `begin`
 
     def cut(self, requests: Sequence[RequestPlan], windows: Sequence[Window]) -> list[PrefillBlock]:
         """The early part of each request's queries in one piece, then its blocks, in order of the queries."""
@@ -97,24 +99,25 @@ class GpuExtend:
     def select(self, query: torch.Tensor, layer: LayerInput) -> None:
         """Writes what each block attends to in one layer."""
         config, buffers, extend = self._config, self._buffers, self._extend
-        if extend.positions is not None:
+        if extend.positions is not None and self._rope is not None:
             scored = torch.empty_like(query)
             rotate(query, extend.positions, self._rope.cos_sin_cache, out=scored)
             query = scored
         select_blocks(
             query,
-            PagedKeys(layer.key_pool, self._req_to_token),
+            PagedKeys(layer.key_pool, self._req_to_token, layer.k_scale),
             extend.plan,
             buffers.workspace,
             buffers.scratch,
             buffers.means,
             extend.lists.kv_indices,
             vote_scale=config.vote_scale,
-            combine=config.combine,
+            combine=cast(Combine, config.combine),
+            ranks=self._ranks,
         )
 
     def attend(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
-        return self._attention.run(query, (layer.key_pool, layer.value_pool), layer.scaling)
+        return self._attention.run(query, layer)
 
     def warm_up(self, layer: LayerInput) -> None:
         """Compiles the selection's kernels, which would otherwise keep the first long requests waiting for seconds.
@@ -131,8 +134,7 @@ class GpuExtend:
         num_blocks, most = 1, self._buffers.prefill_limits.max_rows
         while num_blocks <= most:
             self.begin([PrefillBlock(PADDING_ROW, start, start + 1, i, self._config.budget) for i in range(num_blocks)])
-            shape = (num_blocks, self._buffers.workspace.num_qo_heads, layer.key_pool.shape[2])
-            self.select(torch.zeros(shape, dtype=layer.key_pool.dtype, device=layer.key_pool.device), layer)
+            self.select(self._buffers.means.new_zeros(num_blocks, *self._buffers.means.shape[1:]), layer)
             num_blocks *= 2
 
     def _cut_request(self, request: RequestPlan, window: Window) -> list[PrefillBlock]:
@@ -150,7 +152,7 @@ class GpuExtend:
 
         Those that do not score stay at 0, since the table of positions may be shorter than their request.
         """
-        positions = []
+        positions: list[int] = []
         for block in blocks:
             num_queries = block.end - block.start
             first = self._config.local

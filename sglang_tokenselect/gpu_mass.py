@@ -99,7 +99,7 @@ class GpuMass:
             layer.key_pool,
             self._req_to_token[request.req_pool_idx, : request.seq_len],
             is_attended,
-            scaling=layer.scaling,
+            scaling=layer.scaling * layer.k_scale,
             logit_cap=layer.logit_cap,
             **sizes,
         )

@@ -23,10 +23,12 @@ from sglang_tokenselect.gpu_buffers import GpuBuffers
 from sglang_tokenselect.gpu_decode import GpuDecode, count_candidates
 from sglang_tokenselect.gpu_extend import GpuExtend
 from sglang_tokenselect.gpu_mass import NO_LAYER, GpuMass
+from sglang_tokenselect.kernels.block_votes import BlockRanks
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.shared_segment import SharedSegment
 from sglang_tokenselect.kernels.transfer import to_device
+from sglang_tokenselect.kernels.vote_exchange import VoteExchange
 from sglang_tokenselect.kernels.workspace import MAX_SHARED_KV_HEADS
 from sglang_tokenselect.planner import PADDING_ROW, ForwardPlan, RequestPlan
 from sglang_tokenselect.runner import Graph, LayerInput, Runner, Step
@@ -53,6 +55,8 @@ class GpuRunner(Runner):
         dense_in_all_forwards: bool = False,
         rope: Rope | None = None,
         sampled_layers: Sequence[Callable[[], LayerInput]] = (),
+        exchange: VoteExchange | None = None,
+        sum_over_ranks: Callable[[torch.Tensor], object] | None = None,
     ) -> None:
         """
         Args:
@@ -63,6 +67,8 @@ class GpuRunner(Runner):
             dense_in_all_forwards: some layers always need it.
             rope: in compact mode, its table in float32.
             sampled_layers: what each of `layer_ids` reads now, for samples of attention mass; none: no samples.
+            exchange, sum_over_ranks: how the ranks of a tensor parallel group choose together, in decode (the whole of
+                it in kernels) and in prefill (adds up a tensor in place); None: this process chooses alone.
         """
         super().__init__(config)
         self.dense, self.selects = dense, False
@@ -74,8 +80,9 @@ class GpuRunner(Runner):
         self._dense_slots = 0
         if buffers.workspace.num_kv_heads > MAX_SHARED_KV_HEADS:
             self.min_group = 0
-        self._decode = GpuDecode(config, layer_ids, buffers, req_to_token, decode_attention, rope)
-        self._extend = GpuExtend(config, buffers, req_to_token, prefill_attention, rope)
+        self._decode = GpuDecode(config, layer_ids, buffers, req_to_token, decode_attention, rope, exchange)
+        ranks = BlockRanks(sum_over_ranks, buffers.row_votes) if sum_over_ranks else None
+        self._extend = GpuExtend(config, buffers, req_to_token, prefill_attention, rope, ranks)
         self._current: GpuDecode | GpuExtend = self._decode
         self._delegated = False
 
@@ -134,6 +141,10 @@ class GpuRunner(Runner):
         """Waits for the device."""
         self._count_on_device(*self._caches.counters.sum(0).tolist())
         return self.counters
+
+    @property
+    def lent_entries(self) -> int:
+        return self._slots.num_lent
 
     def refresh_counters(self) -> None:
         for counts in self._counts.finished():

@@ -21,8 +21,10 @@ class ModelShape:
     """Attention of one model, as one process runs it.
 
     Attributes:
-        num_layers, num_qo_heads, num_kv_heads, head_dim: of the model.
-        dtype: of queries and cached keys.
+        num_layers, head_dim: of the model.
+        num_qo_heads, num_kv_heads: of this process, one rank of a tensor parallel group.
+        dtype: of the model, so of queries.
+        kv_dtype: of cached keys and values.
         context_len: tokens of the longest request.
     """
 
@@ -31,16 +33,18 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     context_len: int
 
     @classmethod
-    def of(cls, model_config: ModelConfig, dtype: torch.dtype, num_layers: int) -> ModelShape:
+    def of(cls, model_config: ModelConfig, kv_dtype: torch.dtype, num_layers: int, tp_size: int = 1) -> ModelShape:
         return cls(
             num_layers=num_layers,
-            num_qo_heads=model_config.get_num_attention_heads(1),
-            num_kv_heads=model_config.get_num_kv_heads(1),
+            num_qo_heads=model_config.get_num_attention_heads(tp_size),
+            num_kv_heads=model_config.get_num_kv_heads(tp_size),
             head_dim=model_config.head_dim,
-            dtype=dtype,
+            dtype=model_config.dtype,
+            kv_dtype=kv_dtype,
             context_len=model_config.context_len,
         )
 

@@ -50,7 +50,7 @@ def run_monitor(endpoint: str, *, once: bool, as_json: bool, timeout: float) -> 
 
 def receive(subscriber: zmq.Socket, seconds: float) -> Snapshot | None:
     """The next snapshot; None if no message came in this time, or one that is no snapshot."""
-    if not subscriber.poll(1000 * seconds):
+    if not subscriber.poll(round(1000 * seconds)):
         return None
     frames = subscriber.recv_multipart()
     return parse_snapshot(frames[0]) if len(frames) == 1 else None

@@ -22,11 +22,14 @@ def register() -> None:
 
     from sglang_tokenselect.patches import install, server_args
 
-    if BACKEND not in ATTENTION_BACKENDS:
+    is_new = BACKEND not in ATTENTION_BACKENDS
+    if is_new:
+        install.check()
+    server_args.accept_engine_keyword()
+    if is_new:
         install.install()
         add_attention_backend_choices([BACKEND])
         register_attention_backend(BACKEND)(create_backend)
-    server_args.accept_engine_keyword()
 
 
 def create_backend(model_runner: Any) -> Any:

@@ -7,7 +7,9 @@ and a policy that is started anew goes on from the present level. Its best level
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.effort import LEVELS, LOWEST_LEVEL
@@ -43,6 +45,14 @@ class Load:
     oldest_wait: float
     kv_usage: float
     gap: float | None
+
+
+class Policy(Protocol):
+    """Chooses a level for each decode step."""
+
+    def rest(self) -> int: ...
+
+    def choose(self, level: int, load: Load, itl: float | None) -> int: ...
 
 
 class FixedPolicy:
@@ -104,7 +114,7 @@ class SloPolicy:
     """
 
     def __init__(self, config: TokenSelectConfig) -> None:
-        self._target = config.itl_target_ms / 1000
+        self._target = config.itl_target_ms / 1000  # type: ignore[operator]  # policy slo is refused without one
         self._patience = [MIN_PATIENCE] * len(LEVELS)
         self._calm = 0  # windows in a row below RAISE_BELOW
         self._trial = 0  # windows that the last raise has yet to hold
@@ -156,4 +166,8 @@ class SloPolicy:
         return level - 1
 
 
-POLICIES = {"fixed": FixedPolicy, "load": LoadPolicy, "slo": SloPolicy}
+POLICIES: dict[str, Callable[[TokenSelectConfig], Policy]] = {
+    "fixed": FixedPolicy,
+    "load": LoadPolicy,
+    "slo": SloPolicy,
+}

@@ -107,8 +107,8 @@ def shared_segments(ids: NodeIds, links: Links, min_requests: int) -> list[Share
             else:
                 group.end = links.ends[node]
         group_of[node] = group
-    for row, node in enumerate(ids):
-        group = group_of.get(node)
+    for row, last in enumerate(ids):
+        group = group_of.get(last)
         while group is not None:
             group.rows.append(row)
             group = group.before

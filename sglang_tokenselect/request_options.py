@@ -36,7 +36,7 @@ class RequestOptions:
     def window(self, config: TokenSelectConfig) -> Window:
         if self.is_dense:
             return replace(config.window, min_len=sys.maxsize)
-        return replace(config.window, budget=self.budget)
+        return config.window if self.budget is None else replace(config.window, budget=self.budget)
 
 
 def parse_options(custom_params: Any, largest_budget: int) -> RequestOptions | None:

@@ -14,12 +14,15 @@ import torch
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.counters import Counters
 from sglang_tokenselect.effort import Effort, effort_at
+from sglang_tokenselect.kernels.reference.kv import RequestKV
 from sglang_tokenselect.kernels.reference.positions import Rope
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.kernels.shared_segment import SharedSegment
+from sglang_tokenselect.patches import kv_scales
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
@@ -50,6 +53,7 @@ class LayerInput:
         value_pool: as `key_pool`.
         scaling: factor of the attention's logits.
         logit_cap: tanh soft cap of the attention's logits, 0 for none.
+        k_scale, v_scale: factors of the stored keys and values; others than 1 for float8 alone.
     """
 
     layer_id: int
@@ -57,14 +61,31 @@ class LayerInput:
     value_pool: torch.Tensor
     scaling: float
     logit_cap: float
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
     @classmethod
-    def of_pool(cls, pool: Any, layer_id: int, scaling: float = 1.0, logit_cap: float = 0.0) -> LayerInput:
+    def of_pool(cls, pool: Any, layer: RadixAttention) -> LayerInput:
         """
         Args:
             pool: SGLang's KVCache.
+            layer: its scales as patches/kv_scales.py has set them.
         """
-        return cls(layer_id, pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id), scaling, logit_cap)
+        return cls(
+            layer.layer_id,
+            pool.get_key_buffer(layer.layer_id),
+            pool.get_value_buffer(layer.layer_id),
+            layer.scaling,
+            layer.logit_cap,
+            *kv_scales.read_scales(layer),
+        )
+
+    def request_kv(self, slots: torch.Tensor) -> RequestKV:
+        """
+        Args:
+            slots: [seq_len] integer, the slot of each position of a request.
+        """
+        return RequestKV(self.key_pool, self.value_pool, slots, self.k_scale, self.v_scale)
 
 
 class Runner:
@@ -129,6 +150,11 @@ class Runner:
     def report(self) -> Counters:
         """Counters so far; may wait for the device."""
         return self.counters
+
+    @property
+    def lent_entries(self) -> int:
+        """Requests whose decode selections are kept; those that ended are among them until their row is used again."""
+        raise NotImplementedError
 
     def take_masses(self) -> list[tuple[float, int]]:
         """Samples since the last call."""

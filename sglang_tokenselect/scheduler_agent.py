@@ -80,7 +80,7 @@ class SchedulerAgent:
         return [item for item in received if type(item) is not Effort]
 
     def _decide(self, effort: Effort | None) -> None:
-        if effort is not None:
+        if effort is not None and self._telemetry is not None:
             self._decided = effort
             self._telemetry.send_change(self._reading())
 

@@ -79,13 +79,22 @@ class ServerProcess:
         begin = time.monotonic()
         while not self._is_ready():
             waited = time.monotonic() - begin
-            if self._process.poll() is not None or waited > timeout:
+            if self._started().poll() is not None or waited > timeout:
                 raise RuntimeError(
                     f"server not ready after {waited:.0f} s: {' '.join(self.command)}\n{self.log_tail()}"
                 )
             if on_wait is not None:
                 on_wait(waited)
             time.sleep(1.0)
+
+    @property
+    def pid(self) -> int:
+        """Of the process that was started; SGLang's other processes are its children."""
+        return self._started().pid
+
+    def wait(self, timeout: float) -> int:
+        """The exit status of a server that ends by itself; subprocess.TimeoutExpired if it does not."""
+        return self._started().wait(timeout)
 
     def stop(self) -> None:
         if self._process is None:
@@ -129,6 +138,11 @@ class ServerProcess:
     def counters(self) -> dict[str, int]:
         """TokenSelect's counters so far (see counters.Counters)."""
         return self.report()["counters"]
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise RuntimeError("server: expected one that was started, got none")
+        return self._process
 
     def _is_ready(self) -> bool:
         try:

@@ -43,6 +43,10 @@ class TorchCpuPlatform(CpuSRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        """What SGLang compiles here, such as the embedding's mask with `--tp 2`, needs no C++ compiler so."""
+        return "eager"
+
     def get_mha_kv_pool_cls(self) -> type:
         """The KV pool of SGLang 0.5.17."""
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool

@@ -7,7 +7,7 @@ The semantics are in `kernels/reference/`; this file only leads each request of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,10 +18,17 @@ from sglang_tokenselect.kernels.reference.decode import select_for_query
 from sglang_tokenselect.kernels.reference.kv import RequestKV
 from sglang_tokenselect.kernels.reference.mass import candidate_mass
 from sglang_tokenselect.kernels.reference.positions import Rope
-from sglang_tokenselect.kernels.reference.prefill import cut_blocks, first_sparse_position, select_for_block
+from sglang_tokenselect.kernels.reference.prefill import (
+    Combine,
+    cut_blocks,
+    first_sparse_position,
+    select_for_block,
+)
+from sglang_tokenselect.kernels.reference.vote import Score
 from sglang_tokenselect.kernels.reference.window import Window
 from sglang_tokenselect.mass_sampling import MassSampling
 from sglang_tokenselect.planner import ForwardPlan, RequestPlan
+from sglang_tokenselect.ranks import ALONE, Ranks
 from sglang_tokenselect.runner import Graph, LayerInput, Runner, Step
 
 
@@ -34,16 +41,21 @@ class TorchRunner(Runner):
         req_to_token: torch.Tensor,
         ropes: dict[int, Rope],
         sampled_layers: Sequence[int] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
             req_to_token: [num_rows, max_context_len] int32, the slot of each position of each row.
             ropes: per layer_id in compact mode, empty in absolute mode.
-            sampled_layers: layer_ids that samples of attention mass are taken of; they select.
+            sampled_layers: layer_ids that samples of attention mass are taken of; they select. Under tensor
+                parallelism a sample is of this rank's heads.
+            ranks: that choose together.
         """
         super().__init__(config)
         self._req_to_token = req_to_token
         self._ropes = ropes
+        self._ranks = ranks
+        self._score = _summed_score(config.selects_by.score, ranks)
         self._cached: dict[int, dict[int, CachedSelection]] = {}
         self._plan = ForwardPlan(is_decode=True, requests=())
         self._sampled_layers = sampled_layers
@@ -74,7 +86,7 @@ class TorchRunner(Runner):
         for request in self._plan.requests:
             span = slice(request.first_query, request.first_query + request.num_queries)
             slots = self._req_to_token[request.req_pool_idx, : request.seq_len]
-            kv = RequestKV(layer.key_pool, layer.value_pool, slots)
+            kv = layer.request_kv(slots)
             out[span] = attend_request(query[span], kv, layer, request)
         return out
 
@@ -96,6 +108,10 @@ class TorchRunner(Runner):
     def _attends_to_everything(self, request: RequestPlan, layer_id: int, window: Window) -> bool:
         return layer_id in self.config.dense_layers or request.seq_len <= window.dense_len
 
+    @property
+    def lent_entries(self) -> int:
+        return len(self._cached)
+
     def rope_of(self, layer_id: int) -> Rope | None:
         return self._ropes.get(layer_id)
 
@@ -112,7 +128,7 @@ class TorchRunner(Runner):
             is_chosen,
             num_sink=window.num_sink,
             num_local=window.num_local,
-            scaling=layer.scaling,
+            scaling=layer.scaling * layer.k_scale,
             logit_cap=layer.logit_cap,
         )
         self.masses.append((share.item(), self.effort.level))
@@ -123,15 +139,18 @@ class TorchRunner(Runner):
         effort, rows = self.effort, self._cached.setdefault(request.req_pool_idx, {})
         cached = rows.get(layer.layer_id)
         if cached is not None and cached.serves(
-            query, request.seq_len, window, theta=effort.theta, max_reuse=effort.max_reuse
+            query,
+            request.seq_len,
+            window,
+            theta=effort.theta,
+            max_reuse=effort.max_reuse,
+            sum_over_ranks=self._ranks.sum_,
         ):
             self.counters.reuses += window.budget > 0
             return cached
         rope = self._ropes.get(layer.layer_id)
         config = self.config
-        ranked = select_for_query(
-            query, kv, window, rope=rope, vote_scale=config.vote_scale, score=config.selects_by.score
-        )
+        ranked = select_for_query(query, kv, window, rope=rope, vote_scale=config.vote_scale, score=self._score)
         self.counters.votes += window.budget > 0
         rows[layer.layer_id] = CachedSelection(query.clone(), ranked, request.seq_len)
         return rows[layer.layer_id]
@@ -167,10 +186,10 @@ class TorchRunner(Runner):
             lo,
             window,
             sub_block=config.queries_per_vote,
-            combine=config.combine,
+            combine=cast(Combine, config.combine),
             rope=self._ropes.get(layer.layer_id),
             vote_scale=config.vote_scale,
-            score=config.selects_by.score,
+            score=self._score,
         )
         self.counters.block_votes += 1
         own = torch.arange(lo, hi, device=query.device)
@@ -179,6 +198,15 @@ class TorchRunner(Runner):
     def _attend(self, query: torch.Tensor, kv: RequestKV, positions, layer: LayerInput) -> torch.Tensor:
         rope = self._ropes.get(layer.layer_id)
         return attend_positions(query, kv, positions, scaling=layer.scaling, logit_cap=layer.logit_cap, rope=rope)
+
+
+def _summed_score(score: Score, ranks: Ranks) -> Score:
+    """`score`, added up over the ranks before anything is ranked or sub-blocks are combined."""
+
+    def summed(query: torch.Tensor, keys: torch.Tensor, *, vote_scale: float = 1.0) -> torch.Tensor:
+        return ranks.sum_(score(query, keys, vote_scale=vote_scale).contiguous())
+
+    return score if ranks.world_size == 1 else summed
 
 
 def _positions(selection: CachedSelection, request: RequestPlan, window: Window) -> torch.Tensor:

@@ -16,6 +16,7 @@ from sglang_tokenselect.kernels.select_decode import DecodePart, select_decode
 from sglang_tokenselect.kernels.selection_cache import DecodeBatch, SelectionCache
 from sglang_tokenselect.kernels.shared_plan import SharedPlan, SharedPrefixes
 from sglang_tokenselect.kernels.shared_segment import SharedSegment
+from sglang_tokenselect.kernels.vote_exchange import VoteExchange
 from sglang_tokenselect.kernels.workspace import DecodeWorkspace, WorkspaceLimits
 
 WINDOW = Window(num_sink=128, budget=2048, num_local=512)
@@ -109,6 +110,7 @@ class DecodeLayers:
         self.rows = SelectionRows.empty(shape.requests, "cuda")
         self.kv_indices = torch.empty(shape.requests * attended, dtype=torch.int32, device="cuda")
         self.parts: tuple[DecodePart, ...] | None = None
+        self.exchange: VoteExchange | None = None
 
     def share(self) -> None:
         """From now on, what the requests have in common is scored once for all."""
@@ -133,6 +135,7 @@ class DecodeLayers:
             num_sink=WINDOW.num_sink,
             num_local=WINDOW.num_local,
             parts=self.parts,
+            exchange=self.exchange,
         )
 
     def emit(self, **cache: object) -> None:

@@ -15,6 +15,7 @@ from bench.kernels.timing import time_eager, time_layers
 from sglang_tokenselect.flashinfer_attention import AttentionSpec, DecodeAttention, PrefillAttention
 from sglang_tokenselect.gpu_buffers import INT_WORKSPACE_BYTES
 from sglang_tokenselect.model_shape import ModelShape
+from sglang_tokenselect.runner import LayerInput
 from sglang_tokenselect.slot_lists import SlotLists
 
 SHAPES = [Shape(1, 131_072), Shape(8, 32_768)]
@@ -31,8 +32,12 @@ def _lists(num_lists: int, length: int, num_slots: int) -> SlotLists:
 
 
 def _spec(shape: Shape, rope_theta: float | None) -> AttentionSpec:
-    model = ModelShape(1, shape.num_qo_heads, shape.num_kv_heads, HEAD_DIM, DTYPE, shape.context)
+    model = ModelShape(1, shape.num_qo_heads, shape.num_kv_heads, HEAD_DIM, DTYPE, DTYPE, shape.context)
     return AttentionSpec(model, rope_theta=rope_theta)
+
+
+def _layer(pools: torch.Tensor) -> LayerInput:
+    return LayerInput(0, pools[0], pools[1], scaling=HEAD_DIM**-0.5, logit_cap=0.0)
 
 
 def measure(shape: Shape) -> list[dict[str, object]]:
@@ -54,7 +59,7 @@ def _measure_decode(shape: Shape, pools: torch.Tensor) -> list[dict[str, object]
             attention = DecodeAttention(_spec(shape, theta), workspace, int_workspace, shape.requests)
             attention.plan_capture(item)
             attentions.append(attention)
-        steps = [lambda a=a: a.run(query, (pools[0], pools[1]), HEAD_DIM**-0.5) for a in attentions]
+        steps = [lambda a=a: a.run(query, _layer(pools)) for a in attentions]
         found.append(row("positions", f"decode attention over the selection, {name}", shape, time_layers(steps)))
     found.append(_copies("decode", shape, pools, lists[0]))
     return found
@@ -69,7 +74,7 @@ def _measure_prefill(shape: Shape, pools: torch.Tensor) -> list[dict[str, object
     for name, theta in (("absolute (fa3)", None), ("compact, rotated by FlashInfer (fa2)", THETA)):
         attention = PrefillAttention(_spec(shape, theta), workspace)
         attention.plan(qo_indptr, lists)
-        timing = time_eager(lambda a=attention: a.run(query, (pools[0], pools[1]), HEAD_DIM**-0.5))
+        timing = time_eager(lambda a=attention: a.run(query, _layer(pools)))
         found.append(row("positions", f"prefill attention over the selection, {name}", shape, timing, **about))
     return [*found, _copies("prefill", shape, pools, lists, **about)]
 

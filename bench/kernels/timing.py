@@ -31,7 +31,7 @@ class Timing:
         return cls(*spread(microseconds))
 
 
-def time_layers(steps: Sequence[Step], *, replays: int = 20, flush: bool = True) -> Timing:
+def time_layers(steps: Sequence[Step], *, replays: int = 20, flush: bool = True, before: Step | None = None) -> Timing:
     """Time per step of a CUDA graph of all steps, as a decode step runs its layers.
 
     Each step needs tensors of its own: with shared ones, all but the first would find them in L2. The few
@@ -40,6 +40,7 @@ def time_layers(steps: Sequence[Step], *, replays: int = 20, flush: bool = True)
     Args:
         steps: capturable calls; what they return is dropped.
         flush: empty L2 before each replay, outside of the timed region.
+        before: launched right before each replay, outside of the timed region too.
     """
     _warm_up(steps)
     graph = torch.cuda.CUDAGraph()
@@ -47,7 +48,7 @@ def time_layers(steps: Sequence[Step], *, replays: int = 20, flush: bool = True)
         for step in steps:
             step()
     _warm_up([graph.replay])
-    return Timing.of([time / len(steps) for time in _measure(graph.replay, replays, flush)])
+    return Timing.of([time / len(steps) for time in _measure(graph.replay, replays, flush, before)])
 
 
 def time_eager(step: Step, *, repeats: int = 20, flush: bool = True) -> Timing:
@@ -85,7 +86,7 @@ def _warm_up(steps: Iterable[Step]) -> None:
     torch.cuda.synchronize()
 
 
-def _measure(launch: Step, repeats: int, flush: bool) -> list[float]:
+def _measure(launch: Step, repeats: int, flush: bool, before: Step | None = None) -> list[float]:
     """Microseconds of each launch."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
@@ -93,6 +94,8 @@ def _measure(launch: Step, repeats: int, flush: bool) -> list[float]:
             _flush_l2()
         # The device waits here while the host queues the launch, so that no host time is measured.
         torch.cuda._sleep(HOST_LEAD_CYCLES)
+        if before is not None:
+            before()
         start.record()
         launch()
         end.record()

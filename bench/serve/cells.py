@@ -34,6 +34,7 @@ FLAGS = (
 )
 
 DENSE = "dense"
+_LOCAL = ("--tokenselect-min-len", "0", "--tokenselect-vote", "local")
 # Name: backend, and the flags that this server alone has.
 SERVERS = {
     DENSE: ("flashinfer", ()),
@@ -42,8 +43,12 @@ SERVERS = {
     # 63 of 64 steps reuse.
     "hit": ("tokenselect", ("--tokenselect-theta", "-1", "--tokenselect-min-len", "0")),
     "default": ("tokenselect", ()),
+    # With --tp: the ranks exchange nothing, in voting steps and in others.
+    "miss-local": ("tokenselect", ("--tokenselect-max-reuse", "1", *_LOCAL)),
+    "hit-local": ("tokenselect", ("--tokenselect-theta", "-1", *_LOCAL)),
 }
 
+ONE_GPU = ("dense", "miss", "hit", "default")
 NEW_TOKENS = 96  # of each request in an ITL cell
 WARM_UP_CONTEXTS = (2048, 20_000)
 
@@ -62,6 +67,8 @@ PLAN = {
     "miss": (ITL_CELLS, ()),
     "hit": (ITL_CELLS, ()),
     "default": (((1, 1024), (8, 32768)), TTFT_CONTEXTS),
+    "miss-local": (ITL_CELLS, ()),
+    "hit-local": (ITL_CELLS, ()),
 }
 QUICK = (((1, 1024), (4, 2048)), (512, 1024))
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times to the first token and between tokens of real servers on one GPU, dense and sparse, in one run.
+"""Times to the first token and between tokens of real servers, dense and sparse, in one run.
 
     python bench/serve/run.py OUT.csv [--servers dense miss hit default] [--quick]
     python bench/serve/run.py OUT.csv --servers dense default --itl 8x32768 1x1024 --ttft 2048 131072
+    python bench/serve/run.py OUT.csv --servers dense miss miss-local --itl 8x32768 -- --tp 2
 
 A Llama-3-8B shape with random weights; prompts of random ids, the same for every server, the radix cache emptied
 before each cell. The servers differ in nothing but what `cells.SERVERS` says.
@@ -27,6 +28,8 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -42,6 +45,7 @@ from bench.serve.cells import (
     FLAGS,
     MODEL,
     NEW_TOKENS,
+    ONE_GPU,
     SERVERS,
     WARM_UP_CONTEXTS,
     parse_cell,
@@ -146,23 +150,37 @@ def _numbers(median: float, p20: float, p80: float) -> dict[str, object]:
     return {"median": f"{median:.4f}", "p20": f"{p20:.4f}", "p80": f"{p80:.4f}"}
 
 
-def measure_server(name: str, model: Path, options: argparse.Namespace, report: Report) -> None:
+def make_server(name: str, model: Path, options: argparse.Namespace) -> ServerProcess:
     backend, flags = SERVERS[name]
+    return ServerProcess(model, *FLAGS, *flags, *options.flags, backend=backend)
+
+
+def measure_server(name: str, server: ServerProcess, options: argparse.Namespace, report: Report) -> None:
     itl_cells, ttft_contexts = plan_of(name, options.itl, options.ttft, options.quick)
-    with ServerProcess(model, *FLAGS, *flags, backend=backend) as server:
-        report.say(f"{name} is ready")
-        client = Client(server, name != DENSE)
-        client.warm_up()
-        report.say(f"{name} is warm")
-        failed = report.failed
-        for batch, context in itl_cells:
-            cell = {"server": name, "metric": "ITL ms", "batch": batch, "context": context}
-            report.add(cell, lambda batch=batch, context=context: client.itl(batch, context))
-        for context in ttft_contexts:
-            cell = {"server": name, "metric": "TTFT s", "batch": 1, "context": context}
-            report.add(cell, lambda context=context: client.ttft(context))
-        if report.failed > failed:
-            print(server.log_tail(), flush=True)
+    report.say(f"{name} is ready")
+    client = Client(server, name != DENSE)
+    client.warm_up()
+    report.say(f"{name} is warm")
+    failed = report.failed
+    for batch, context in itl_cells:
+        cell = {"server": name, "metric": "ITL ms", "batch": batch, "context": context}
+        report.add(cell, lambda batch=batch, context=context: client.itl(batch, context))
+    for context in ttft_contexts:
+        cell = {"server": name, "metric": "TTFT s", "batch": 1, "context": context}
+        report.add(cell, lambda context=context: client.ttft(context))
+    if report.failed > failed:
+        print(server.log_tail(), flush=True)
+
+
+def measure_side_by_side(model: Path, options: argparse.Namespace, report: Report) -> None:
+    """All servers are started at once, which takes the time of one, and idle while another is measured."""
+    servers = {name: make_server(name, model, options) for name in options.servers}
+    with ExitStack() as stack, ThreadPoolExecutor(len(servers)) as pool:
+        list(pool.map(stack.enter_context, servers.values()))
+        for name, server in servers.items():
+            measure_server(name, server, options, report)
+    if report.failed:
+        raise SystemExit(f"{report.failed} cells failed")
 
 
 def wait_for_memory(free_before: int, patience: float = 30.0) -> None:
@@ -201,28 +219,48 @@ def measure_each(servers: Sequence[str], measure: Callable[[str], None], report:
         raise SystemExit(f"{report.failed} cells or servers failed")
 
 
-def about(servers: Sequence[str]) -> dict[str, str]:
+def about(servers: Sequence[str], flags: Sequence[str] = ()) -> dict[str, str]:
     described = {f"server {name}": " ".join([SERVERS[name][0], *SERVERS[name][1]]) for name in servers}
     setting = "Llama-3-8B shape, bfloat16, random weights and prompts"
-    return {**machine(), "sglang": version("sglang"), "setting": setting, "flags": " ".join(FLAGS), **described}
+    return {
+        **machine(),
+        "sglang": version("sglang"),
+        "setting": setting,
+        "flags": " ".join([*FLAGS, *flags]),
+        **described,
+    }
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT.csv")
-    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=ONE_GPU)
     parser.add_argument("--itl", nargs="+", type=parse_cell, metavar="REQUESTSxTOKENS", help="these cells only")
     parser.add_argument("--ttft", nargs="+", type=int, metavar="TOKENS", help="these contexts only")
     parser.add_argument("--quick", action="store_true", help="a few small cells, to see that everything works")
+    parser.add_argument(
+        "--side-by-side",
+        action="store_true",
+        help="start all servers first (say -- --max-total-tokens so that they fit)",
+    )
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of all servers besides, such as -- --tp 2")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     options = parse_options()
-    report = Report(options.out, about(options.servers))
+    report = Report(options.out, about(options.servers, options.flags))
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder))
-        measure_each(options.servers, lambda name: measure_server(name, model, options, report), report)
+        if options.side_by_side:
+            measure_side_by_side(model, options, report)
+            return
+
+        def measure(name: str) -> None:
+            with make_server(name, model, options) as server:
+                measure_server(name, server, options, report)
+
+        measure_each(options.servers, measure, report)
 
 
 if __name__ == "__main__":

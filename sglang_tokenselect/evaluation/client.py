@@ -70,8 +70,8 @@ class Client:
         if sample.stop:
             options["stop"] = list(sample.stop)
         if self._api == "chat":
-            messages = [{"role": "user", "content": text}]
-            return await self._client.chat.completions.create(messages=messages, **options)
+            options["messages"] = [{"role": "user", "content": text}]
+            return await self._client.chat.completions.create(**options)
         return await self._client.completions.create(prompt=text, **options)
 
 

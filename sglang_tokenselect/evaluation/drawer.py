@@ -7,7 +7,6 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from sglang_tokenselect.evaluation.settings import Key, Settings
 from sglang_tokenselect.evaluation.tasks.registry import TASKS, check, draw
@@ -55,7 +54,11 @@ class Drawer:
     async def groups(self, keys: Iterable[Key], refuse: Refuse) -> AsyncIterator[list[Question]]:
         """Questions that follow each other and share a text, together. `refuse` gets those that cannot be drawn."""
         loop = asyncio.get_running_loop()
-        groups = group_by_text(self._questions(in_order(keys), partial(loop.call_soon_threadsafe, refuse)))
+
+        def refuse_from_thread(key: Key, error: ValueError) -> None:
+            loop.call_soon_threadsafe(refuse, key, error)
+
+        groups = group_by_text(self._questions(in_order(keys), refuse_from_thread))
         while group := await loop.run_in_executor(self._pool, next, groups, None):
             yield group
 

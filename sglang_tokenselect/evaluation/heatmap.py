@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -34,14 +35,14 @@ LETTERS_PER_INCH = 11.5  # of the title
 MANY_LENGTHS = 6  # beyond, their labels stand aslant
 
 # Score by row and length.
-Scores = Mapping[tuple[Hashable, int], float]
+Scores = Mapping[tuple[Any, int], float | None]
 
 
 @dataclass(frozen=True)
 class Grid:
     """What the panels of a figure have in common: `rows` are keys of scores with their labels, from the top down."""
 
-    rows: Mapping[Hashable, str]
+    rows: Mapping[Any, str]
     lengths: Sequence[int]
     title: str
     label: str

@@ -32,12 +32,11 @@ def ask_targets(
     Returns:
         Why it ended before all was asked; None if it did not.
     """
+    reason = None
     try:
         asyncio.run(_ask_targets(clients, drawer, store, concurrency, list(keys), show))
     except* TooManyFailures as failures:
         reason = str(_first_leaf(failures))
-    else:
-        reason = None
     return reason
 
 

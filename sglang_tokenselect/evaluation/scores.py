@@ -62,7 +62,7 @@ class DepthCell:
 
 def seed_cells(run: Run, records: Mapping[Key, Record]) -> list[SeedCell]:
     """In the order of targets, tasks, lengths, seeds."""
-    found = defaultdict(list)
+    found: defaultdict[tuple[str, str, int, int], list[Record]] = defaultdict(list)
     for key, record in records.items():
         found[key[:4]].append(record)
     settings = run.settings
@@ -76,7 +76,7 @@ def seed_cells(run: Run, records: Mapping[Key, Record]) -> list[SeedCell]:
 
 
 def _seed_cell(where: tuple[str, str, int, int], records: Sequence[Record]) -> SeedCell:
-    scores = [record.score for record in records if record.error is None]
+    scores = [record.score for record in records if record.score is not None]
     # fmean rounds the exact sum, so the order in which the answers came changes no digit.
     mean = statistics.fmean(scores) if scores else None
     return SeedCell(*where, len(scores), len(records) - len(scores), mean)
@@ -109,10 +109,10 @@ def differences(run: Run, by_seed: Sequence[SeedCell]) -> dict[tuple[str, int], 
     if len(run.targets) != 2:
         return {}
     first, second = ({cell_key(c): c.score for c in by_seed if c.target == name} for name in run.targets)
-    found = defaultdict(list)
+    found: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
     for (task, length, seed), score in first.items():
         other = second[task, length, seed]
-        found[task, length] += [other - score] if None not in (score, other) else []
+        found[task, length] += [other - score] if score is not None and other is not None else []
     return {where: mean_and_spread(values) for where, values in found.items()}
 
 
@@ -121,12 +121,12 @@ def cell_key(cell: SeedCell) -> tuple[str, int, int]:
 
 
 def has_depth_score(record: Record) -> bool:
-    return record.error is None and record.depth is not None
+    return record.score is not None and record.depth is not None
 
 
 def depth_cells(records: Mapping[Key, Record]) -> list[DepthCell]:
-    found = defaultdict(list)
+    found: defaultdict[tuple[str, float, int], list[float]] = defaultdict(list)
     for record in records.values():
-        if has_depth_score(record):
+        if record.score is not None and record.depth is not None:
             found[record.target, record.depth, record.length].append(record.score)
     return [DepthCell(*where, len(scores), statistics.fmean(scores)) for where, scores in sorted(found.items())]

@@ -20,7 +20,7 @@ class Key(NamedTuple):
     task: str
     length: int
     seed: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Run:
-        settings = {name: tuple(v) if isinstance(v, list) else v for name, v in values["settings"].items()}
+        listed = values["settings"].items()
+        settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in listed}
         targets = {name: Target(**target) for name, target in values["targets"].items()}
         return cls(Settings(**settings), targets, values["versions"])
 
@@ -107,7 +108,7 @@ class Run:
 
 
 def _extended_settings(old: Settings, new: Settings) -> Settings:
-    changed = {}
+    changed: dict[str, Any] = {}
     for name in (option.name for option in fields(Settings)):
         before, after = getattr(old, name), getattr(new, name)
         if name in EXTENSIBLE:

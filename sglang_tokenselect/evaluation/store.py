@@ -115,7 +115,7 @@ def read_run(folder: Path) -> Run:
 
 def read_records(folder: Path) -> dict[Key, Record]:
     """The last line of each key. A last line without its end is no record yet."""
-    records = {}
+    records: dict[Key, Record] = {}
     if not samples_path(folder).exists():
         return records
     with samples_path(folder).open(encoding="utf-8") as file:

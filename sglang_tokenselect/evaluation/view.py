@@ -27,7 +27,8 @@ class Tally:
 
     def __init__(self, keys: Sequence[Key], records: Mapping[Key, Record]) -> None:
         self.total = len(keys)
-        self.scores = [records[key].score for key in keys if key in records and records[key].error is None]
+        asked = [records[key] for key in keys if key in records]
+        self.scores = [record.score for record in asked if record.score is not None]
         self.errors = 0
         self.tokens_left = sum(key.length for key in keys if key not in records or records[key].error is not None)
         self._tokens_done = 0
@@ -36,7 +37,7 @@ class Tally:
     def add(self, record: Record) -> None:
         self.tokens_left -= record.length
         self._tokens_done += record.length
-        if record.error is None:
+        if record.score is not None:
             self.scores.append(record.score)
         else:
             self.errors += 1

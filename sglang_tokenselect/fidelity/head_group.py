@@ -54,8 +54,8 @@ def attend_group(
         positions: [t] int64 ascending, or a slice; the last is the query's own.
     """
     query = query.to(torch.promote_types(query.dtype, torch.float32))
-    slots = kv.slots[positions]
-    keys, values = kv.key_pool[slots, kv_head].to(query.dtype), kv.value_pool[slots, kv_head].to(query.dtype)
+    kv = kv.of_head(kv_head)
+    keys, values = (x.squeeze(1).to(query.dtype) for x in (kv.keys(positions), kv.values(positions)))
     if rule.rope is not None:
         compact = torch.arange(len(keys), device=keys.device)
         keys = rule.rope.rotate(keys.unsqueeze(1), compact).squeeze(1)

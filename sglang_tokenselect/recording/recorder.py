@@ -72,6 +72,8 @@ class Recorder:
     def of_model(cls, model_runner: ModelRunner, config: TokenSelectConfig, runner: Runner) -> Recorder:
         from sglang_tokenselect.model_shape import attention_layers
 
+        if config.record is None:
+            raise ValueError("record: expected a folder, got None")
         layers = attention_layers(model_runner.model)
         return cls(
             Path(config.record),
@@ -97,7 +99,7 @@ class Recorder:
         """
         for request in self._requests:
             slots = self._req_to_token[request.req_pool_idx, : request.seq_len]
-            kv = RequestKV(layer.key_pool, layer.value_pool, slots.long())
+            kv = layer.request_kv(slots.long())
             attended = self._runner.attended_positions(request, layer.layer_id)
             record = self._record_request(query[request.first_query], kv, layer, attended)
             self._records[request][layer.layer_id] = record

@@ -85,7 +85,8 @@ def embedded_json(value: object) -> str:
 
 def _pack(steps: Sequence[Step]) -> tuple[bytes, list[list[list[int] | None]]]:
     """The bytes of all rows; and, per step and layer, a row's place in them and its tokens, None for everything."""
-    packed, places = bytearray(), []
+    packed = bytearray()
+    places: list[list[list[int] | None]] = []
     for step in steps:
         places.append([])
         for row in step.rows:

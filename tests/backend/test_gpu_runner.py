@@ -46,6 +46,9 @@ QUERY_SPREAD = 3.0
 TOLERANCE = 0.04 if HAS_CUDA else 0.003
 
 
+KV_SCALES = (0.25, 0.5)
+"""Powers of two, so that they round nothing."""
+
 NEAR_TIES = 0.02
 """Share of queries whose selection may turn at its margin, where the order of a sum's terms decides."""
 
@@ -72,15 +75,31 @@ class Pair:
     """Both runners on one paged pool, whose slots are scattered and NaN where nothing was written."""
 
     def __init__(
-        self, *, heads=(4, 2), head_dim=64, dtype=DTYPE, logit_cap=0.0, scale=1, delegate=None, **options
+        self,
+        *,
+        heads=(4, 2),
+        head_dim=64,
+        dtype=DTYPE,
+        kv_dtype=None,
+        kv_scales=(1.0, 1.0),
+        logit_cap=0.0,
+        scale=1,
+        delegate=None,
+        **options,
     ) -> None:
+        """
+        Args:
+            kv_dtype: of the pool, if not that of the queries.
+            kv_scales: that keys and values are divided by before they are stored.
+        """
         sizes = {name: size * scale for name, size in SMALL.items() if name != "theta"}
         self.config = TokenSelectConfig(**{**SMALL, **sizes, **options})
         self.scale, self.max_len = scale, MAX_LEN * scale
         self.heads, self.head_dim, self.dtype, self.logit_cap = heads, head_dim, dtype, logit_cap
+        self.kv_dtype, self.kv_scales = kv_dtype or dtype, kv_scales
         num_slots = NUM_ROWS * self.max_len + 1
         shape = (len(LAYERS), 2, num_slots, heads[1], head_dim)
-        self.pools = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+        self.pools = torch.full(shape, torch.nan, dtype=self.kv_dtype, device=DEVICE)
         order = 1 + torch.randperm(num_slots - 1, generator=torch.Generator().manual_seed(0))
         self.req_to_token = torch.zeros(NUM_ROWS + 1, self.max_len, dtype=torch.int32, device=DEVICE)
         self.req_to_token[1:] = order.view(NUM_ROWS, self.max_len).int()
@@ -95,7 +114,7 @@ class Pair:
         self.expected.samples_mass = self.actual.samples_mass = True
 
     def _make_gpu_runner(self, rope: Rope | None, **delegate) -> GpuRunner:
-        shape = ModelShape(len(LAYERS), *self.heads, self.head_dim, self.dtype, self.max_len)
+        shape = ModelShape(len(LAYERS), *self.heads, self.head_dim, self.dtype, self.kv_dtype, self.max_len)
         buffers = GpuBuffers.allocate(self.config, shape, MAX_ROWS, DEVICE)
         attentions = DecodeTwin(self.logit_cap, rope), PrefillTwin(self.logit_cap, rope)
         if HAS_CUDA:
@@ -117,20 +136,24 @@ class Pair:
             runner.set_effort(effort_at(self.config, level))
 
     def layer(self, index: int, pools: torch.Tensor) -> LayerInput:
-        scaling = self.head_dim**-0.5
-        return LayerInput(LAYERS[index], pools[index, 0], pools[index, 1], scaling, self.logit_cap)
+        scales = self.kv_scales if pools is self.pools else (1.0, 1.0)
+        return LayerInput(LAYERS[index], *pools[index], self.head_dim**-0.5, self.logit_cap, *scales)
 
     def store(self, row: int, start: int, kv: torch.Tensor) -> None:
         """kv: [num_layers, 2, num_tokens, num_kv_heads, head_dim]."""
         slots = self.req_to_token[row, start : start + kv.shape[2]].long()
-        self.pools[:, :, slots] = kv
+        self.pools[:, :, slots] = (kv.float() / self._factors()).to(self.kv_dtype)
 
     def expect(self, plan: ForwardPlan, queries: torch.Tensor) -> torch.Tensor:
         """What TorchRunner answers in float32: [num_layers, num_tokens, num_qo_heads, head_dim]."""
-        pools = self.pools.float()
+        pools = self.pools.float() * self._factors()
         self.expected.begin(plan)
         with rounded_means(self.dtype):
             return torch.stack([self.expected.run(q.float(), self.layer(i, pools)) for i, q in enumerate(queries)])
+
+    def _factors(self) -> torch.Tensor:
+        """[2, 1, 1, 1]."""
+        return torch.tensor(self.kv_scales, device=DEVICE).view(2, 1, 1, 1)
 
     def run_layers(self, queries: torch.Tensor) -> torch.Tensor:
         return torch.stack([self.actual.run(q, self.layer(i, self.pools)) for i, q in enumerate(queries)])
@@ -426,6 +449,12 @@ def test_the_runners_agree(options):
 
 
 @pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_scaled_keys_and_values(positions):
+    """Of any dtype, since Triton's interpreter knows no float8."""
+    run_levels(Pair(kv_scales=KV_SCALES, positions=positions, max_budget=2 * SMALL["budget"], mass_every=1))
+
+
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
 def test_branches(positions):
     run_branches(Pair(positions=positions, min_group=2))
 
@@ -606,7 +635,8 @@ def test_what_selects_nothing_is_delegated(dense_in_all_forwards):
 
 
 def test_the_bytes_are_told_before_they_are_allocated():
-    shape, config = ModelShape(2, 4, 2, 64, torch.float16, MAX_LEN), TokenSelectConfig(**SMALL)
+    shape = ModelShape(2, 4, 2, 64, torch.float16, torch.float16, MAX_LEN)
+    config = TokenSelectConfig(**SMALL)
     told = GpuBuffers.allocate(config, shape, MAX_ROWS, "meta")
     allocated = GpuBuffers.allocate(config, shape, MAX_ROWS, DEVICE)
     assert told.total_bytes == allocated.total_bytes > told.cache_bytes > 0
@@ -626,6 +656,29 @@ GPU_MODELS = {
 @pytest.mark.parametrize("model", GPU_MODELS.values(), ids=GPU_MODELS.keys())
 def test_the_runners_agree_on_a_gpu(model, positions, graphs):
     run_traffic(Pair(positions=positions, **model), graphs=graphs)
+
+
+FLOAT8 = {"kv_dtype": torch.float8_e4m3fn, "kv_scales": KV_SCALES}
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_runners_agree_on_float8(head_dim, graphs):
+    run_traffic(Pair(head_dim=head_dim, **FLOAT8), graphs=graphs)
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_levels_and_branches_of_float8(graphs):
+    run_levels(Pair(max_budget=2 * SMALL["budget"], mass_every=1, **FLOAT8), graphs=graphs)
+    run_branches(Pair(min_group=2, **FLOAT8), graphs=graphs)
+
+
+@NEEDS_CUDA
+def test_float8_kernels_warm_up():
+    pair = Pair(**FLOAT8)
+    pair.actual.warm_up(pair.layer(0, pair.pools))
 
 
 @NEEDS_CUDA

@@ -63,8 +63,18 @@ SLIDING_CASES = page_size_1(
 def harness_model(monkeypatch):
     monkeypatch.setattr(refusals, "ARCHITECTURES", (*refusals.ARCHITECTURES, "TinyForCausalLM"))
     # The harness's model runner has a model without modules.
-    layer = types.SimpleNamespace(layer_id=0, sliding_window_size=-1, logit_cap=0.0, logit_capping_method="tanh")
+    layer = types.SimpleNamespace(
+        layer_id=0,
+        sliding_window_size=-1,
+        logit_cap=0.0,
+        logit_capping_method="tanh",
+        scaling=1.0,
+        k_scale=None,
+        v_scale=None,
+    )
     monkeypatch.setattr(create_runner, "attention_layers", lambda model: [layer])
+    # Its model's configuration has no dtype.
+    monkeypatch.setattr(dense_attention.TinyModelConfig, "dtype", SETTING["dtype"], raising=False)
     with torch.no_grad():
         yield
 

@@ -17,6 +17,7 @@ import pytest
 DEMO = (sys.executable, "-m", "sglang_tokenselect.cli", "demo")
 
 
+@pytest.mark.smoke
 def test_demo_answers_and_ends_by_itself(tmp_path):
     rows_path = tmp_path / "rows.json"
     options = ("--lengths", "4096,8192", "--questions", "2", "--json", str(rows_path))

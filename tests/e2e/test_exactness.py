@@ -46,7 +46,7 @@ def test_200_mixed_requests_equal_dense(llama, llama_answers, positions):
     assert re.search(r"#cached-token: [1-9]", log)
 
 
-@pytest.fixture(scope="module", params=["Qwen2", "Qwen3"])
+@pytest.fixture(scope="module", params=[pytest.param("Qwen2", marks=pytest.mark.smoke), "Qwen3"])
 def qwen(request, tmp_path_factory):
     """A model of the architecture, and what dense attention answers with it."""
     model = write_model(tmp_path_factory.mktemp(request.param), request.param)

@@ -14,6 +14,7 @@ import pytest
 from sglang_tokenselect.needle import tasks
 from sglang_tokenselect.server_process import ServerProcess, free_port
 
+pytestmark = pytest.mark.smoke
 REPO = Path(__file__).parents[2]
 README = (REPO / "README.md").read_text()
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ from sglang_tokenselect.kernels.block_plan import (
     plan_blocks,
 )
 from sglang_tokenselect.kernels.block_sharing import order_blocks
-from sglang_tokenselect.kernels.block_votes import score_blocks
+from sglang_tokenselect.kernels.block_votes import BlockRanks, score_blocks
 from sglang_tokenselect.kernels.paged_keys import PagedKeys
 from sglang_tokenselect.kernels.reference import prefill
 from sglang_tokenselect.kernels.reference.vote import soft_vote
@@ -118,7 +119,18 @@ class Case:
         votes = soft_vote(rows, self.keys.pool[slots].double() * self.keys.k_scale, vote_scale=vote_scale)
         return votes.amax(0) if combine == "max" else votes.sum(0)
 
-    def run(self, plan: BlockPlan, *, vote_scale: float = 1.0, combine: str = "max") -> torch.Tensor:
+    def of_rank(self, rank: int, world_size: int) -> Case:
+        """The same blocks with the heads of one rank of a tensor parallel group."""
+        mine = copy.copy(self)
+        mine.num_qo_heads = self.num_qo_heads // world_size
+        mine.means = self.means.chunk(world_size, dim=1)[rank].contiguous()
+        pool = self.keys.pool.chunk(world_size, dim=1)[rank].contiguous()
+        mine.keys = PagedKeys(pool, self.keys.req_to_token, self.keys.k_scale)
+        return mine
+
+    def run(
+        self, plan: BlockPlan, *, vote_scale: float = 1.0, combine: str = "max", ranks: BlockRanks | None = None
+    ) -> torch.Tensor:
         """Scores of all blocks, from poisoned memory; one tile more than the plan asks for."""
         scratch = BlockScratch.allocate(self.means.shape[0] + 3, self.num_qo_heads, DEVICE)
         scratch.partial.fill_(torch.nan)
@@ -133,6 +145,7 @@ class Case:
             num_sink=NUM_SINK,
             vote_scale=vote_scale,
             combine=combine,
+            ranks=ranks,
         )
         return scores.flatten()
 
@@ -202,6 +215,38 @@ def test_key_splits(num_multiprocessors, split_tokens):
     """Several splits, and more than the shorter blocks have keys for; short requests elsewhere here have one."""
     case = Case([(0, 300, 2), (0, 2000, 2), (1, 257, 2)], heads=(2, 1))
     assert case.check(num_multiprocessors=num_multiprocessors).split_tokens == split_tokens
+
+
+@pytest.mark.parametrize("rows_per_block", [1, 2, 8])
+@pytest.mark.parametrize("combine", ["max", "sum"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_that_add_up_their_votes(rows_per_block, combine, world_size):
+    """The best sub-block is the best for all heads, which no rank sees alone."""
+    blocks = [*((1, 300 + 16 * i, rows_per_block) for i in range(5)), (0, 1, 1), (2, 129, 1), (2, 0, 1)]
+    case = Case(blocks, rows_per_block=rows_per_block, heads=(2 * world_size, world_size))
+    told: list[torch.Tensor] = []
+    for rank in range(world_size):
+        mine = case.of_rank(rank, world_size)
+        plan = mine.plan(tuning=SMALL)
+        row_votes = torch.full((plan.num_tiles * rows_per_block * TILE + 7,), torch.nan, device=DEVICE)
+
+        def sum_(votes: torch.Tensor) -> None:
+            for other in told:
+                votes += other
+            told[:] = [votes.clone()]
+
+        scores = mine.run(plan, combine=combine, ranks=BlockRanks(sum_, row_votes))
+    # The last one has heard of all.
+    case.check_scores(plan, scores, 1.0, combine)
+    assert row_votes[-7:].isnan().all()
+
+
+def test_a_plan_with_more_votes_than_the_ranks_hold():
+    case = Case([(0, 140, 2)])
+    plan = case.plan()
+    votes = torch.empty(2 * plan.num_tiles * TILE - 1, device=DEVICE)
+    with pytest.raises(ValueError, match="row_votes: expected 512 numbers or more, got 511"):
+        case.run(plan, ranks=BlockRanks(print, votes))
 
 
 def test_scale_of_stored_keys():

@@ -78,6 +78,19 @@ def test_mass_is_the_twins(heads, dtype):
     Request(50, heads=heads, dtype=dtype).check()
 
 
+@pytest.mark.parametrize("logit_cap", [0.0, 0.5])
+def test_float8_keys_with_a_scale(logit_cap):
+    """The scale is a factor of the logits, before they are capped."""
+    request, k_scale = Request(50), 0.3
+    stored = (request.keys / k_scale).to(torch.float8_e4m3fn)
+    request.keys = stored.double() * k_scale
+    expected = request.naive_mass(logit_cap=logit_cap)
+    request.keys = stored
+    found = request.mass(logit_cap=logit_cap, scaling=request.scaling * k_scale)
+    assert found == pytest.approx(expected, rel=2e-6)
+    assert abs(found - request.mass(logit_cap=logit_cap)) > 1e-3
+
+
 def test_every_head_counts_as_much():
     """One head has all its mass on the chosen, the others none: neither logits nor heads may be mixed up."""
     request = Request(40, heads=(4, 2))

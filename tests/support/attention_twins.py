@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from sglang_tokenselect.kernels.reference.attention import attend_positions
-from sglang_tokenselect.kernels.reference.kv import RequestKV
 from sglang_tokenselect.kernels.reference.positions import Rope
+from sglang_tokenselect.runner import LayerInput
 from sglang_tokenselect.slot_lists import SlotLists
 
 
@@ -19,14 +19,14 @@ class _Twin:
         self._spans = list(zip(qo_indptr.tolist()[:-1], qo_indptr.tolist()[1:], strict=True))
         self._lists = lists
 
-    def run(self, query: torch.Tensor, kv_cache: tuple[torch.Tensor, torch.Tensor], scaling: float) -> torch.Tensor:
+    def run(self, query: torch.Tensor, layer: LayerInput) -> torch.Tensor:
         out = torch.empty_like(query)
         bounds = self._lists.kv_indptr_cpu.tolist()
         for (begin, end), lo, hi in zip(self._spans, bounds[:-1], bounds[1:], strict=True):
-            kv = RequestKV(*kv_cache, self._lists.kv_indices[lo:hi])
+            kv = layer.request_kv(self._lists.kv_indices[lo:hi])
             span = query[begin:end].float()
             attended = attend_positions(
-                span, kv, slice(None), scaling=scaling, logit_cap=self._logit_cap, rope=self._rope
+                span, kv, slice(None), scaling=layer.scaling, logit_cap=self._logit_cap, rope=self._rope
             )
             out[begin:end] = attended.to(out.dtype)
         return out

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from sglang_tokenselect.kernels.select_decode import DecodePart, select_decode
 from sglang_tokenselect.kernels.selection_cache import DecodeBatch, Probe, SelectionCache
 from sglang_tokenselect.kernels.shared_plan import SharedPlan, SharedPrefixes
 from sglang_tokenselect.kernels.shared_segment import SharedSegment
+from sglang_tokenselect.kernels.vote_exchange import VoteExchange
 from sglang_tokenselect.kernels.workspace import DecodeWorkspace, Workspace, WorkspaceLimits
 
 UNWRITTEN = -7
@@ -85,6 +87,15 @@ class PagedBatch:
     def __len__(self) -> int:
         return len(self.seq_lens)
 
+    def of_rank(self, rank: int, world_size: int) -> PagedBatch:
+        """The same requests with the heads of one rank of a tensor parallel group."""
+        mine = copy.copy(self)
+        mine.num_qo_heads = self.num_qo_heads // world_size
+        mine.query = self.query.chunk(world_size, dim=1)[rank].contiguous()
+        pool = self.keys.pool.chunk(world_size, dim=1)[rank].contiguous()
+        mine.keys = PagedKeys(pool, self.keys.req_to_token, self.keys.k_scale)
+        return mine
+
     def limits(self, max_budget: int, *, max_candidates: int | None = None) -> WorkspaceLimits:
         total = len(self) * self.max_len
         return WorkspaceLimits(len(self), max(max_candidates or total, self.max_len), self.max_len, max_budget)
@@ -132,12 +143,14 @@ class DecodeStep:
         max_own_candidates: int | None = None,
         probe: Probe | None = None,
         layer: int = 0,
+        exchange: VoteExchange | None = None,
     ) -> None:
         """
         Args:
             shared: positions that requests score together; they must have their slots in common.
         """
         self.paged, self.window, self.vote_scale, self.layer = paged, window, vote_scale, layer
+        self.exchange = exchange
         self.shared = shared
         max_budget = max_budget or max([window.budget, *(budgets or [])])
         count = len(paged)
@@ -205,6 +218,7 @@ class DecodeStep:
             vote_scale=self.vote_scale,
             parts=self.parts,
             layer=self.layer,
+            exchange=self.exchange,
         )
 
     def run(self) -> list[list[int]]:

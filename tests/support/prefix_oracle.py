@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,13 +53,9 @@ def assert_nested(segments: Sequence[SharedSegment]) -> None:
 
 def server_env(folder: Path) -> dict[str, str]:
     """Environment of a server that loads this file as a plugin. `folder` gets the plugin, and the log as `log`."""
-    about = folder / "prefix_oracle-0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: prefix-oracle\nVersion: 0\n")
-    (about / "entry_points.txt").write_text("[sglang.srt.plugins]\nprefix_oracle = prefix_oracle:register\n")
-    shutil.copy(__file__, folder)
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path, LOG: str(folder / "log")}
+    from plugin_folder import plugin_env  # here, since the server has this file alone
+
+    return {**plugin_env(folder, __file__), LOG: str(folder / "log")}
 
 
 def register() -> None:

@@ -14,6 +14,9 @@ def test_a_row_keeps_its_entry_and_a_new_one_is_told():
     assert slots.lend([7, 5]) == ([0, 1], [1])
     assert slots.lend([5]) == ([1], [])
     assert slots.lend([7, 5]) == ([0, 1], [])
+    assert slots.num_lent == 2
+    slots.release([7, 9])
+    assert slots.num_lent == 1
 
 
 def test_rows_beyond_the_entries_have_none():

@@ -55,12 +55,14 @@ MODEL = SimpleNamespace(
     head_dim=64,
     context_len=30_000,
     num_hidden_layers=3,
+    dtype=torch.bfloat16,
 )
 
 
 def server_args(**changes):
     graphs = SimpleNamespace(decode=SimpleNamespace(max_bs=16))
-    given = {"attention_backend": "tokenselect", "max_running_requests": 32, "cuda_graph_config": graphs}
+    given = {"attention_backend": "tokenselect", "max_running_requests": 32, "cuda_graph_config": graphs, "tp_size": 1}
+    given["mem_fraction_static"] = 0.85
     return SimpleNamespace(**{**given, **changes})
 
 
@@ -77,6 +79,16 @@ def test_the_kv_pool_leaves_room_for_what_is_allocated(options):
     assert kv_budget._leave_room(10**12, configurator) == 10**12 - told
     with pytest.raises(Refusal, match="GPU memory: expected more than the .* bytes of the selection"):
         kv_budget._leave_room(told, configurator)
+
+
+def test_what_is_allocated_has_the_models_dtype_whatever_the_keys_have():
+    config = TokenSelectConfig(positions="compact")
+    told = {reserved_bytes(config, MODEL, dtype, server_args()) for dtype in (torch.bfloat16, torch.float8_e4m3fn)}
+    assert len(told) == 1
+    shape = ModelShape.of(MODEL, torch.float8_e4m3fn, MODEL.num_hidden_layers)
+    buffers = GpuBuffers.allocate(config, shape, 2, "meta")
+    queries = (buffers.means, buffers.probe, buffers.rotated, buffers.caches.layer(0).query)
+    assert {tensor.dtype for tensor in queries} == {torch.bfloat16}
 
 
 def test_other_backends_keep_their_pool():

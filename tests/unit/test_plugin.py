@@ -22,7 +22,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang_tokenselect import compat, cpu_platform, plugin, refusals
 from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.model_shape import ModelShape
-from sglang_tokenselect.patches import chunk_alignment, hook, install
+from sglang_tokenselect.patches import chunk_alignment
 
 REPO = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -66,19 +66,6 @@ def test_the_engine_knows_the_keyword_in_either_order(imports):
     code = f"{imports}\nEngine(model_path='/nowhere', attention_backend='tokenselect', tokenselect={{'budgte': 1}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ConfigError: tokenselect option: expected one of budget, " in done.stderr
-
-
-def test_all_hooks_are_applied_and_a_missing_one_is_named(monkeypatch):
-    install.verify()
-    lost = hook.Hook("sglang.srt.server_args.ServerArgs.no_such_method", "after", print)
-    monkeypatch.setattr(chunk_alignment, "HOOKS", (*chunk_alignment.HOOKS, lost))
-    with pytest.raises(RuntimeError, match="hooks: expected all applied, got none on .*no_such_method"):
-        install.verify()
-
-
-def test_a_hook_that_is_not_ours_does_not_count():
-    target = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
-    assert not hook.Hook(target, "around", lambda *args: None).is_applied()
 
 
 @pytest.mark.parametrize("version", ["0.5.16", "0.5.24", "0.6.0", "1.0"])
@@ -152,8 +139,11 @@ REFUSED_FLAGS = [
     ),
     ([*OURS, "--decode-attention-backend", "torch_native"], "decode_attention_backend: expected None or 'tokenselect'"),
     ([*OURS, "--page-size", "16"], "page_size: expected None or 1, got 16"),
-    ([*OURS, "--tp-size", "2"], "tp_size: expected 1, got 2"),
-    ([*OURS, "--kv-cache-dtype", "fp8_e4m3"], "kv_cache_dtype: expected 'auto'"),
+    ([*OURS, "--dp-size", "2"], "dp_size: expected 1, got 2 .effort, telemetry and control are of one replica"),
+    ([*OURS, "--pp-size", "2"], "pp_size: expected 1, got 2 .a stage has some of the layers"),
+    ([*OURS, "--dcp-size", "2"], "dcp_size: expected 1, got 2 .a request's keys lie on several ranks"),
+    ([*OURS, "--tp-size", "2", "--tokenselect-record", "/tmp"], "tp_size: expected 1 with record, got 2"),
+    ([*OURS, "--kv-cache-dtype", "fp8_e5m2"], "kv_cache_dtype: expected 'auto' .* 'fp8_e4m3', got 'fp8_e5m2'"),
     ([*OURS, "--tokenizer-worker-num", "2"], "tokenizer_worker_num: expected 1, got 2"),
     ([*OURS, "--enable-mixed-chunk"], "enable_mixed_chunk: expected False, got True"),
     ([*OURS, "--chunked-prefill-size", "1000"], "chunked_prefill_size: expected a multiple of block=128, got 1000"),
@@ -254,6 +244,7 @@ def gpu_args(**changes):
         attention_backend="tokenselect",
         device="cuda",
         enable_lora=changes.get("enable_lora"),
+        kv_cache_dtype=changes.get("kv_cache_dtype", "auto"),
         cuda_graph_config=SimpleNamespace(**graphs),
     )
 
@@ -263,6 +254,7 @@ REFUSED_WITH_A_GPU = [
     ({"prefill": "tc_piecewise"}, {}, "cuda_graph_backend_prefill: expected .* got 'tc_piecewise'"),
     ({"decode": "breakable"}, {}, "cuda_graph_backend_decode: expected .* got 'breakable'"),
     ({"enable_lora": True}, {}, "enable_lora: expected False, got True"),
+    ({"kv_cache_dtype": "fp8_e4m3"}, {"positions": "compact"}, "the model's type with compact positions on a GPU"),
     ({}, {"budget": 8193}, "budget: expected at most 8192 on a GPU, got 8193"),
     ({}, {"block": 96, "sub_block": 32}, "sub_block: expected what the kernels"),
     ({"prefill": "disabled"}, {"selector": "page"}, "cuda_graph_backend_decode: expected 'disabled', got 'full'"),
@@ -297,37 +289,52 @@ def test_a_cpu_server_beside_a_gpu_is_refused(monkeypatch):
         refusals.check_server_args(args, TokenSelectConfig())
 
 
-H200, BF16, LLAMA_8B = (9, 0), torch.bfloat16, ModelShape(32, 32, 8, 128, torch.bfloat16, 131072)
+H200, BF16, FP8 = (9, 0), torch.bfloat16, torch.float8_e4m3fn
+LLAMA_8B = ModelShape(32, 32, 8, 128, BF16, BF16, 131072)
 REFUSED_ON_GPUS = [
-    ((8, 0), LLAMA_8B, BF16, {}, (), "GPU: expected compute capability 9.0"),
-    (H200, replace(LLAMA_8B, head_dim=256), BF16, {}, (), "head_dim 64 or 128, got head_dim 256"),
-    (H200, LLAMA_8B, torch.float32, {}, (), "dtype: expected bfloat16 or float16"),
-    (H200, LLAMA_8B, torch.float16, {}, (), "kv_cache_dtype: expected the model's torch.float16, got torch.bfloat16"),
-    (H200, replace(LLAMA_8B, num_layers=0), BF16, {"dense_layers": (0,)}, (), "dense_layers: expected a layer that"),
-    (H200, LLAMA_8B, BF16, {"positions": "compact"}, (0,), "no sliding-window layers"),
+    ((8, 0), LLAMA_8B, {}, (), "GPU: expected compute capability 9.0"),
+    (H200, replace(LLAMA_8B, head_dim=256), {}, (), "head_dim 64 or 128, got head_dim 256"),
+    (H200, replace(LLAMA_8B, dtype=torch.float32), {}, (), "dtype: expected bfloat16 or float16"),
+    (
+        *(H200, replace(LLAMA_8B, dtype=torch.float16), {}, ()),
+        "kv_cache_dtype: expected the model's torch.float16 or torch.float8_e4m3fn, got torch.bfloat16",
+    ),
+    (H200, replace(LLAMA_8B, kv_dtype=torch.float8_e5m2), {}, (), "or torch.float8_e4m3fn, got torch.float8_e5m2"),
+    (
+        *(H200, replace(LLAMA_8B, kv_dtype=FP8), {"positions": "compact"}, ()),
+        "kv_cache_dtype: expected the model's type with compact positions on a GPU, got fp8_e4m3 .FlashInfer",
+    ),
+    (H200, replace(LLAMA_8B, num_layers=0), {"dense_layers": (0,)}, (), "dense_layers: expected a layer that"),
+    (H200, LLAMA_8B, {"positions": "compact"}, (0,), "no sliding-window layers"),
 ]
 
 
-@pytest.mark.parametrize(("capability", "shape", "dtype", "options", "sliding", "message"), REFUSED_ON_GPUS, ids=str)
-def test_what_gpus_do_not_serve_is_refused(capability, shape, dtype, options, sliding, message):
+@pytest.mark.parametrize(("capability", "shape", "options", "sliding", "message"), REFUSED_ON_GPUS, ids=str)
+def test_what_gpus_do_not_serve_is_refused(capability, shape, options, sliding, message):
     with pytest.raises(refusals.Refusal, match=message):
-        refusals.check_gpu(capability, shape, dtype, TokenSelectConfig(**options), sliding)
+        refusals.check_gpu(capability, shape, TokenSelectConfig(**options), sliding)
 
 
 def test_the_rest_is_served_on_gpus():
-    refusals.check_gpu(H200, LLAMA_8B, BF16, TokenSelectConfig(dense_layers=(0,)), sliding_layers=(1,))
+    for shape in (LLAMA_8B, replace(LLAMA_8B, kv_dtype=FP8)):
+        refusals.check_gpu(H200, shape, TokenSelectConfig(dense_layers=(0,)), sliding_layers=(1,))
 
 
 def test_what_cpus_do_not_serve_is_refused():
-    llama, moe = (
-        SimpleNamespace(hf_config=SimpleNamespace(architectures=[f"{name}ForCausalLM"]))
-        for name in ("Llama", "Qwen2Moe")
+    llama, moe, padded = (
+        SimpleNamespace(
+            hf_config=SimpleNamespace(architectures=[f"{name}ForCausalLM"], original_total_num_kv_heads=2),
+            get_total_num_kv_heads=lambda heads=heads: heads,
+        )
+        for name, heads in (("Llama", 2), ("Qwen2Moe", 2), ("Llama", 4))
     )
     refusals.check_torch(llama, ())
     with pytest.raises(refusals.Refusal, match=r"no sliding-window layers on a CPU, got layers \[1\]"):
         refusals.check_torch(llama, {1})
     with pytest.raises(refusals.Refusal, match="not Qwen2MoeForCausalLM on a CPU"):
         refusals.check_torch(moe, ())
+    with pytest.raises(refusals.Refusal, match="tp_size: expected a divisor of the 2 KV heads on a CPU, got one .* 4"):
+        refusals.check_torch(padded, ())
 
 
 def test_min_len_must_leave_requests_that_select(llama):

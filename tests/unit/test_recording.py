@@ -357,7 +357,7 @@ def test_a_gpu_tells_the_same_positions(tmp_path):
     pools = torch.randn(2, 3 * MAX_LEN + 1, 2, head_dim, generator=generator).to(DEVICE, dtype)
     slots = 1 + torch.randperm(3 * MAX_LEN, generator=generator).view(3, MAX_LEN).int().to(DEVICE)
     slots[1, :41] = slots[2, :41]  # a shared prefix, of which each attends to tokens of its own
-    buffers = GpuBuffers.allocate(config, ModelShape(1, 4, 2, head_dim, dtype, MAX_LEN), 3, DEVICE)
+    buffers = GpuBuffers.allocate(config, ModelShape(1, 4, 2, head_dim, dtype, dtype, MAX_LEN), 3, DEVICE)
     on_gpu = GpuRunner(config, (0,), buffers, slots, DecodeTwin(0.0, None), PrefillTwin(0.0, None))
     expected = TorchRunner(config, slots, {})
     requests = tuple(RequestPlan(row, n, i, 1) for i, (row, n) in enumerate([(2, 41), (0, 18), (1, 64)]))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks of one server keep the same effort in every step, though only the first has a clock.
 
-The schedulers here are stand-ins: servers of several ranks are not served yet. One rank in a real server, with both of
+The schedulers here are stand-ins. Two ranks in a real server: tests/e2e/test_tensor_parallel.py. One, with both of
 SGLang's loops: tests/e2e/test_effort.py.
 """
 

@@ -5,57 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch_server import SCALING, Server, part, tokens
 
-from sglang_tokenselect.config import TokenSelectConfig
 from sglang_tokenselect.kernels.reference.attention import attend_positions
 from sglang_tokenselect.kernels.reference.kv import RequestKV
-from sglang_tokenselect.kernels.reference.positions import Rope
-from sglang_tokenselect.planner import ForwardPlan, RequestPlan
-from sglang_tokenselect.runner import LayerInput
-from sglang_tokenselect.torch_runner import TorchRunner
-
-HEADS, KV_HEADS, DIM = 4, 2, 16
-SMALL = {"sink": 4, "budget": 12, "local": 8, "block": 16, "sub_block": 4, "min_len": 0}
-SCALING = 0.25
-
-
-class Server:
-    """A paged pool with scattered slots, NaN where nothing was written, and a runner over it."""
-
-    def __init__(self, num_rows: int = 4, max_len: int = 256, **options) -> None:
-        torch.manual_seed(0)
-        config = TokenSelectConfig(**{**SMALL, **options})
-        num_slots = num_rows * max_len + 1
-        self.pools = torch.full((2, num_slots, KV_HEADS, DIM), torch.nan, dtype=torch.float64)
-        self.req_to_token = torch.randperm(num_slots - 1).add(1)[: num_rows * max_len].view(num_rows, max_len).int()
-        ropes = {0: Rope.from_theta(1e4, DIM, max_len, dtype=torch.float64)} if config.is_compact else {}
-        self.runner = TorchRunner(config, self.req_to_token, ropes)
-        self.layer = LayerInput(0, self.pools[0], self.pools[1], scaling=SCALING, logit_cap=0.0)
-
-    def forward(self, *parts, is_decode=False):
-        """Each part is (row, start, tokens) with tokens = (query, key, value) of [m, heads, dim]."""
-        requests, queries, first = [], [], 0
-        for row, start, (query, key, value) in parts:
-            slots = self.req_to_token[row, start : start + len(query)].long()
-            self.pools[0, slots], self.pools[1, slots] = key, value
-            requests.append(RequestPlan(row, start + len(query), first, len(query)))
-            queries.append(query)
-            first += len(query)
-        self.runner.begin(ForwardPlan(is_decode, tuple(requests)))
-        return list(self.runner.run(torch.cat(queries), self.layer).split([len(q) for q in queries]))
-
-    def decode(self, row, start, tokens):
-        return self.forward((row, start, tokens), is_decode=True)[0]
-
-
-def tokens(count: int, seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(count, HEADS, DIM), (count, KV_HEADS, DIM), (count, KV_HEADS, DIM)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-
-
-def part(of, lo, hi):
-    return [x[lo:hi] for x in of]
 
 
 def dense(of, end):

@@ -63,7 +63,7 @@ def _list_question(
 
 def coded_counts(num_words: int) -> list[int]:
     """How often the word of each rank stands in a text of about so many words: a zeta distribution."""
-    counts = []
+    counts: list[int] = []
     while count := int(num_words * (len(counts) + 1) ** -ALPHA / ZETA_OF_ALPHA):
         counts.append(count)
     return counts
