@@ -243,8 +243,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="start all servers first (say -- --max-total-tokens so that they fit)",
     )
-    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of all servers besides, such as -- --tp 2")
-    return parser.parse_args(arguments)
+    parser.epilog = "behind -- come flags of all servers, such as -- --tp 2"
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    end = given.index("--") if "--" in given else len(given)
+    return parser.parse_args(given[:end], argparse.Namespace(flags=given[end + 1 :]))
 
 
 def main() -> None:
