@@ -34,18 +34,22 @@ FLAGS = (
 )
 
 DENSE = "dense"
+_MISS = ("--tokenselect-max-reuse", "1", "--tokenselect-min-len", "0")
+_FP8 = ("--kv-cache-dtype", "fp8_e4m3")
 _LOCAL = ("--tokenselect-min-len", "0", "--tokenselect-vote", "local")
 # Name: backend, and the flags that this server alone has.
 SERVERS = {
     DENSE: ("flashinfer", ()),
     # Every step votes.
-    "miss": ("tokenselect", ("--tokenselect-max-reuse", "1", "--tokenselect-min-len", "0")),
+    "miss": ("tokenselect", _MISS),
     # 63 of 64 steps reuse.
     "hit": ("tokenselect", ("--tokenselect-theta", "-1", "--tokenselect-min-len", "0")),
     "default": ("tokenselect", ()),
     # With --tp: the ranks exchange nothing, in voting steps and in others.
     "miss-local": ("tokenselect", ("--tokenselect-max-reuse", "1", *_LOCAL)),
     "hit-local": ("tokenselect", ("--tokenselect-theta", "-1", *_LOCAL)),
+    "dense-fp8": ("flashinfer", _FP8),
+    "miss-fp8": ("tokenselect", (*_MISS, *_FP8)),
 }
 
 ONE_GPU = ("dense", "miss", "hit", "default")
@@ -69,6 +73,8 @@ PLAN = {
     "default": (((1, 1024), (8, 32768)), TTFT_CONTEXTS),
     "miss-local": (ITL_CELLS, ()),
     "hit-local": (ITL_CELLS, ()),
+    "dense-fp8": (ITL_CELLS, ()),
+    "miss-fp8": (ITL_CELLS, ()),
 }
 QUICK = (((1, 1024), (4, 2048)), (512, 1024))
 

@@ -41,7 +41,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, thi
 from bench.kernels.timing import machine
 from bench.result_file import spread, write_csv
 from bench.serve.cells import (
-    DENSE,
     FLAGS,
     MODEL,
     NEW_TOKENS,
@@ -158,7 +157,7 @@ def make_server(name: str, model: Path, options: argparse.Namespace) -> ServerPr
 def measure_server(name: str, server: ServerProcess, options: argparse.Namespace, report: Report) -> None:
     itl_cells, ttft_contexts = plan_of(name, options.itl, options.ttft, options.quick)
     report.say(f"{name} is ready")
-    client = Client(server, name != DENSE)
+    client = Client(server, SERVERS[name][0] == "tokenselect")
     client.warm_up()
     report.say(f"{name} is warm")
     failed = report.failed

@@ -27,7 +27,7 @@ LARGEST = 448  # the server's budget
 CONTEXT = tasks.make_context(tasks.held_out(3), 1200, count_tokens=lambda text: len(text.split()))
 QUESTION = tasks.questions(CONTEXT)[0]
 FUZZ = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
