@@ -44,6 +44,8 @@ class PrefillBlock:
             dense.
         first_query: index of its first query among the queries of the forward.
         budget: tokens to choose, less than its candidates; -1: dense.
+        own_local: how many of its own tokens count as the last ones of the local window, which ends as many later: 1
+            makes a block of one query the decode step of that query.
     """
 
     req_pool_idx: int
@@ -51,16 +53,22 @@ class PrefillBlock:
     end: int
     first_query: int
     budget: int
+    own_local: int = 0
 
     @property
     def is_dense(self) -> bool:
         return self.budget == EVERYTHING
 
+    @property
+    def past(self) -> int:
+        """Tokens that sink, candidates and local window are made of."""
+        return self.start + self.own_local
+
     def num_slots(self, num_sink: int, num_local: int) -> int:
         """Tokens that it attends to."""
         if self.is_dense:
             return self.end
-        return num_sink + self.budget + num_local + self.end - self.start
+        return num_sink + self.budget + num_local + self.end - self.past
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ def plan_prefill(
     qo_indptr = [0, *accumulate(item.end - item.start for item in blocks)]
     voting = [(item, start) for item, start in zip(blocks, kv_indptr, strict=False) if not item.is_dense]
     # Who chooses nothing scores nothing.
-    num_candidates = [item.start - num_local - num_sink if item.budget else 0 for item, _ in voting]
+    num_candidates = [item.past - num_local - num_sink if item.budget else 0 for item, _ in voting]
     req_pool_indices = [item.req_pool_idx for item, _ in voting]
     order, num_common = order_blocks(req_pool_indices, num_candidates, shared, num_sink=num_sink)
     voting, num_candidates = [voting[b] for b in order], [num_candidates[b] for b in order]
@@ -187,8 +195,10 @@ def _check_block(
             raise ValueError(f"{name}: expected 0 <= start < end, got {item.start} and {item.end}")
         return
     window = num_sink + item.budget + num_local
-    if item.start <= window:
-        raise ValueError(f"{name}.start: expected more than {window}, the window, got {item.start}")
+    if not 0 <= item.own_local <= min(item.end - item.start, num_local):
+        raise ValueError(f"{name}.own_local: expected 0 to its tokens or {num_local}, num_local, got {item.own_local}")
+    if item.past <= window:
+        raise ValueError(f"{name}.start: expected more than {window - item.own_local}, the window, got {item.start}")
     most = min((item.start // block + 1) * block, limits.max_seq_len)
     if not item.start < item.end <= most:
         raise ValueError(f"{name}.end: expected {item.start + 1} to {most}, got {item.end}")
@@ -241,7 +251,7 @@ def _make_part(
         rows=SelectionRows(
             num_candidates=scoring.num_candidates,
             num_chosen=int32([block.budget for block in blocks]),
-            tail_start=int32([block.start - num_local for block in blocks]),
+            tail_start=int32([block.past - num_local for block in blocks]),
             kv_end=int32([block.end for block in blocks]),
             cached=int32([0] * len(blocks)),
         ),

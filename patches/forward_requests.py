@@ -17,16 +17,21 @@ from .hook import Hook
 def _stage(result: Any, cls: type, batch: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
     stage = getattr(model_runner.attn_backend, "stage_requests", None)
     if stage is not None:
-        stage(batch.req_pool_indices_cpu.tolist(), batch.reqs, batch.tree_cache)
+        is_decode = batch.forward_mode.is_decode()
+        stage(batch.req_pool_indices_cpu.tolist(), batch.reqs, batch.tree_cache, is_decode=is_decode)
 
 
-_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
+_SCHEDULED = "sglang.srt.managers.schedule_batch"
+_BATCH, _REQ = f"{_SCHEDULED}.ScheduleBatch", f"{_SCHEDULED}.Req"
 HOOKS = (
     Hook(
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
         "after",
         _stage,
         ("cls", "batch", "model_runner"),
-        (f"{_BATCH}.req_pool_indices_cpu", f"{_BATCH}.reqs", f"{_BATCH}.tree_cache"),
+        (
+            *(f"{_BATCH}.{name}" for name in ("req_pool_indices_cpu", "reqs", "tree_cache", "forward_mode")),
+            *(f"{_REQ}.{name}" for name in ("origin_input_ids", "output_ids")),
+        ),
     ),
 )

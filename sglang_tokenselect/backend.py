@@ -83,7 +83,7 @@ class TokenSelectAttnBackend(AttentionBackend):
             "lent_entries": self.runner.lent_entries,
         }
 
-    def stage_requests(self, rows: list[int], reqs: Sequence[Any], tree_cache: Any) -> None:
+    def stage_requests(self, rows: list[int], reqs: Sequence[Any], tree_cache: Any, *, is_decode: bool = True) -> None:
         """Told by patches/forward_requests.py before each forward, without padding.
 
         Args:
@@ -95,7 +95,8 @@ class TokenSelectAttnBackend(AttentionBackend):
         # Kept until the next forward: SGLang asks for a graph's variant before `_begin`, and once more after it.
         self._windows = windows if any(windows) else ()
         self._shared = self._prefix_groups.find(reqs, tree_cache)
-        self._staged = StagedRequests(rows, self._windows, self._shared)
+        prompt_lens = () if is_decode else [len(req.origin_input_ids) if req.output_ids else None for req in reqs]
+        self._staged = StagedRequests(rows, self._windows, self._shared, prompt_lens)
 
     def _own_window(self, req: Any) -> Window | None:
         """What the request asks for, read once in its life."""

@@ -138,13 +138,17 @@ class GpuExtend:
             num_blocks *= 2
 
     def _cut_request(self, request: RequestPlan, window: Window) -> list[PrefillBlock]:
-        block, start, end = self._config.block, request.prefix_len, request.seq_len
+        block, start, end = self._config.block, request.prefix_len, request.prompt_end
         sparse = first_sparse_position(start, end, block, window)
-        cuts = [(start, sparse, EVERYTHING)] if sparse > start else []
-        cuts += [(lo, hi, window.budget) for lo, hi in cut_blocks(sparse, end, block)]
+        cuts = [(start, sparse, EVERYTHING, 0)] if sparse > start else []
+        cuts += [(lo, hi, window.budget, 0) for lo, hi in cut_blocks(sparse, end, block)]
+        # Generated before a retraction: each query by itself, its own token in its local window, as in decode.
+        dense_end = min(max(window.dense_len, end), request.seq_len)
+        cuts += [(end, dense_end, EVERYTHING, 0)] if dense_end > end else []
+        cuts += [(lo, lo + 1, window.budget, 1) for lo in range(dense_end, request.seq_len)]
         return [
-            PrefillBlock(request.req_pool_idx, lo, hi, request.first_query + lo - start, budget)
-            for lo, hi, budget in cuts
+            PrefillBlock(request.req_pool_idx, lo, hi, request.first_query + lo - start, budget, own_local)
+            for lo, hi, budget, own_local in cuts
         ]
 
     def _score_positions(self, blocks: Sequence[PrefillBlock]) -> torch.Tensor:

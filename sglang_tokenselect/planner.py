@@ -30,6 +30,8 @@ class RequestPlan:
         first_query: where its queries begin in the forward's query tensor.
         num_queries: 1 in decode.
         window: of a request with options of its own; None: as configured, in decode as the effort level says.
+        prompt_len: tokens of its prompt. What follows was generated before a retraction; in an extend each such token
+            selects by itself, as it did in decode. None: all are of the prompt.
     """
 
     req_pool_idx: int
@@ -37,10 +39,16 @@ class RequestPlan:
     first_query: int
     num_queries: int
     window: Window | None = None
+    prompt_len: int | None = None
 
     @property
     def prefix_len(self) -> int:
         return self.seq_len - self.num_queries
+
+    @property
+    def prompt_end(self) -> int:
+        """Of an extend, the position after the last that is selected for in blocks."""
+        return self.seq_len if self.prompt_len is None else min(max(self.prompt_len, self.prefix_len), self.seq_len)
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,13 @@ class StagedRequests:
         rows: `req_pool_indices` on the host.
         windows: see RequestPlan.window; empty if nobody has one.
         shared: see ForwardPlan.shared.
+        prompt_lens: see RequestPlan.prompt_len; empty in decode.
     """
 
     rows: Sequence[int]
     windows: Sequence[Window | None]
     shared: tuple[SharedSegment, ...] = ()
+    prompt_lens: Sequence[int | None] = ()
 
 
 def plan_forward(forward_batch: ForwardBatch, staged: StagedRequests | None = None) -> ForwardPlan:
@@ -85,9 +95,12 @@ def plan_forward(forward_batch: ForwardBatch, staged: StagedRequests | None = No
     seq_lens = forward_batch.seq_lens_cpu.tolist()
     rows = [*staged.rows, *[PADDING_ROW] * (len(seq_lens) - len(staged.rows))]
     windows = [*staged.windows, *[None] * (len(seq_lens) - len(staged.windows))]
+    prompt_lens = [*staged.prompt_lens, *[None] * (len(seq_lens) - len(staged.prompt_lens))]
     lengths = [1] * len(rows) if is_decode else list(forward_batch.extend_seq_lens_cpu)
     requests, first_query = [], 0
-    for row, seq_len, num_queries, window in zip(rows, seq_lens, lengths, windows, strict=True):
-        requests.append(RequestPlan(row, seq_len, first_query, num_queries, window))
+    for row, seq_len, num_queries, window, prompt_len in zip(
+        rows, seq_lens, lengths, windows, prompt_lens, strict=True
+    ):
+        requests.append(RequestPlan(row, seq_len, first_query, num_queries, window, prompt_len))
         first_query += num_queries
     return ForwardPlan(is_decode, tuple(requests), staged.shared)

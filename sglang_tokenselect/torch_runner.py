@@ -156,7 +156,7 @@ class TorchRunner(Runner):
         return rows[layer.layer_id]
 
     def _extend(self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, request: RequestPlan) -> torch.Tensor:
-        config, start, end = self.config, request.prefix_len, request.seq_len
+        config, start, end = self.config, request.prefix_len, request.prompt_end
         window = self.extend_window_of(request)
         is_dense = layer.layer_id in config.dense_layers
         sparse = end if is_dense else first_sparse_position(start, end, config.block, window)
@@ -169,7 +169,19 @@ class TorchRunner(Runner):
                 block = query[lo - start : hi - start]
                 positions = self._block_positions(block, candidates, lo, hi, layer, window)
                 out[lo - start : hi - start] = self._attend(block, kv, positions, layer)
+        for position in range(end, request.seq_len):
+            one = query[position - start : position - start + 1]
+            out[position - start] = self._attend_alone(one, layer.request_kv(kv.slots[: position + 1]), layer, window)
         return out
+
+    def _attend_alone(self, query: torch.Tensor, kv: RequestKV, layer: LayerInput, window: Window) -> torch.Tensor:
+        """Of a token that was generated before a retraction, as in the decode step that read it."""
+        if layer.layer_id in self.config.dense_layers or len(kv) <= window.dense_len:
+            return self._attend(query, kv, slice(None), layer)
+        rope, scale = self._ropes.get(layer.layer_id), self.config.vote_scale
+        ranked = select_for_query(query[0], kv, window, rope=rope, vote_scale=scale, score=self._score)
+        self.counters.block_votes += 1
+        return self._attend(query, kv, window.positions(ranked, len(kv)), layer)
 
     def _block_candidates(self, kv: RequestKV, end: int) -> torch.Tensor:
         """Keys of the past from the sink on, gathered and widened once for all blocks of a request."""

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -33,12 +33,14 @@ class Outcome:
     Attributes:
         text: of the answer, as far as it came.
         finished: ended by itself, as opposed to aborted or left.
+        retractions: of the request, as far as SGLang has told.
         error: what is wrong with the reply itself; None if nothing is.
     """
 
     request: Request
     text: str = ""
     finished: bool = True
+    retractions: int = 0
     error: str | None = None
 
 
@@ -72,9 +74,8 @@ class Clients:
             return Outcome(request, finished=False, error=f"{type(error).__name__}: {_told(error)}")
 
     def _answer(self, request: Request) -> Outcome:
-        reply = self._post(request.question)
-        reason = reply["meta_info"]["finish_reason"]["type"]
-        return Outcome(request, reply["text"], error=f"finish_reason {reason}" if reason == "abort" else None)
+        outcome = _outcome(request, self._post(request.question))
+        return outcome if outcome.finished else replace(outcome, error="aborted by the server")
 
     def _abort(self, request: Request) -> Outcome:
         rid = f"soak-{next(self._numbers)}"
@@ -86,8 +87,7 @@ class Clients:
             return _refused(request, error, "abort")
         finally:
             timer.join()
-        reason = reply["meta_info"]["finish_reason"]["type"]
-        return Outcome(request, reply["text"], finished=reason != "abort")
+        return _outcome(request, reply)
 
     def _leave(self, request: Request) -> Outcome:
         """Closes the connection at the first event after its patience; waiting for one ends with it, too."""
@@ -95,21 +95,20 @@ class Clients:
         http = urllib.request.Request(
             self._server.url + "/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        text, end = "", time.monotonic() + request.patience
+        outcome, end = Outcome(request, finished=False), time.monotonic() + request.patience
         try:
             with urllib.request.urlopen(http, timeout=request.patience) as stream:
                 for line in stream:
                     if line.startswith(b"data: {"):
-                        text = json.loads(line.removeprefix(b"data: "))["text"]
+                        outcome = _outcome(request, json.loads(line.removeprefix(b"data: ")))
                     if time.monotonic() > end:
-                        return Outcome(request, text, finished=False)
+                        break
         except TimeoutError:
-            return Outcome(request, text, finished=False)
+            pass
         except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                return Outcome(request, text, finished=False)
-            raise
-        return Outcome(request, text)
+            if not isinstance(error.reason, TimeoutError):
+                raise
+        return outcome
 
     def _bad(self, request: Request) -> Outcome:
         payload = _payload(request.question)
@@ -138,6 +137,18 @@ def _payload(question: Question, is_long: bool = False) -> dict[str, Any]:
     if question.options:
         sampling["custom_params"] = {KEY: dict(question.options)}
     return {"text": question.prompt, "sampling_params": sampling}
+
+
+def _outcome(request: Request, reply: dict[str, Any]) -> Outcome:
+    """Of a reply, or of an event of a stream, which has no reason to finish until the last."""
+    meta = reply["meta_info"]
+    reason = meta["finish_reason"]
+    return Outcome(
+        request,
+        reply["text"],
+        finished=reason is not None and reason["type"] != "abort",
+        retractions=meta.get("num_retractions", 0),  # not told of what is aborted while it waits
+    )
 
 
 def _refused(request: Request, error: urllib.error.HTTPError, reason: str) -> Outcome:

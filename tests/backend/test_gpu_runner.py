@@ -227,15 +227,20 @@ class Traffic:
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator, device=DEVICE)
 
-    def extend(self, *parts: tuple[int, int]) -> None:
-        """Each part is (row, number of new tokens, in units of the pair's scale)."""
+    def extend(self, *parts: tuple[int, int], generated: int = 0) -> None:
+        """Each part is (row, number of new tokens, in units of the pair's scale).
+
+        Args:
+            generated: how many of the last tokens of each were generated before a retraction.
+        """
         requests, queries, first = [], [], 0
         for row, count in parts:
             count *= self.pair.scale
             start = self.lengths.get(row, 0)
             self._store(row, start, count)
             self.lengths[row] = start + count
-            requests.append(RequestPlan(row, start + count, first, count, self.windows.get(row)))
+            prompt_len = start + count - generated if generated else None
+            requests.append(RequestPlan(row, start + count, first, count, self.windows.get(row), prompt_len))
             queries.append(self._block_queries(start, count))
             first += count
         plan, queries = self._plan(requests, is_decode=False), torch.cat(queries, dim=1)
@@ -522,6 +527,19 @@ def test_prefill_in_several_parts(monkeypatch):
     pair = Pair()
     pair.actual.warm_up(pair.layer(0, pair.pools))
     run_traffic(pair)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_requests_that_were_retracted(positions):
+    """What they had generated selects by itself: much, some behind a bit of prompt, and across the window's end."""
+    pair = Pair(positions=positions)
+    traffic = Traffic(pair)
+    traffic.extend((1, 100), (2, 90), (3, 20))
+    traffic.extend((1, 40), (2, 40), (3, 40), generated=40)
+    traffic.extend((1, 30), (2, 9), generated=9)
+    traffic.decode(1, 2, 3, similar=True)
+    traffic.check()
+    assert pair.actual.report() == pair.expected.report()
 
 
 def test_decode_in_several_parts(monkeypatch):

@@ -39,14 +39,18 @@ class Server:
         self.runner = TorchRunner(config, self.req_to_token, ropes, ranks=ranks)
         self.layer = LayerInput(0, self.pools[0], self.pools[1], scaling=SCALING, logit_cap=0.0)
 
-    def forward(self, *parts, is_decode=False):
-        """Each part is (row, start, tokens) with tokens = (query, key, value) of [m, heads of all ranks, dim]."""
+    def forward(self, *parts, is_decode=False, prompt_len=None):
+        """Each part is (row, start, tokens) with tokens = (query, key, value) of [m, heads of all ranks, dim].
+
+        Args:
+            prompt_len: of each request; None: all of it is prompt.
+        """
         requests, queries, first = [], [], 0
         for row, start, of_all_ranks in parts:
             query, key, value = (x.chunk(self.ranks.world_size, dim=1)[self.ranks.rank] for x in of_all_ranks)
             slots = self.req_to_token[row, start : start + len(query)].long()
             self.pools[0, slots], self.pools[1, slots] = key, value
-            requests.append(RequestPlan(row, start + len(query), first, len(query)))
+            requests.append(RequestPlan(row, start + len(query), first, len(query), prompt_len=prompt_len))
             queries.append(query)
             first += len(query)
         self.runner.begin(ForwardPlan(is_decode, tuple(requests)))

@@ -50,10 +50,12 @@ def test_sameness(text, finished, expected):
 def test_an_answer_that_differs_is_told():
     question = Question(1, 2, 300, "prompt", ("12",))
     alone = checks.Alone({question: " a: 12"}, 1)
-    right, wrong = (Outcome(Request(0.0, "answer", question), text) for text in (" a: 12", " a: 34"))
-    assert checks.mismatches([right], alone) == []
-    [told] = checks.mismatches([right, wrong], alone)
-    assert "context 1 of 300 tokens, question 2" in told and "34" in told
+    request = Request(0.0, "answer", question)
+    outcomes = [Outcome(request, " a: 12"), Outcome(request, " a: 34"), Outcome(request, " a: 56", retractions=1)]
+    assert checks.mismatches(outcomes[:1], alone) == checks.Mismatches([], [])
+    found = checks.mismatches(outcomes, alone)
+    assert [("34" in told, "context 1 of 300 tokens, question 2" in told) for told in found.wrong] == [(True, True)]
+    assert ["56" in told for told in found.retracted] == [True]
 
 
 def test_faults_of_a_log():

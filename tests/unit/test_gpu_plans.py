@@ -43,10 +43,26 @@ def test_rows_that_were_not_told_come_from_the_batch():
 
 def test_the_hook_tells_the_backend_that_listens():
     told = []
-    batch = SimpleNamespace(req_pool_indices_cpu=torch.tensor([5, 6]), reqs=["one", "other"], tree_cache="tree")
-    for backend in (SimpleNamespace(stage_requests=lambda *args: told.append(args)), SimpleNamespace()):
+    batch = SimpleNamespace(
+        req_pool_indices_cpu=torch.tensor([5, 6]),
+        reqs=["one", "other"],
+        tree_cache="tree",
+        forward_mode=SimpleNamespace(is_decode=lambda: False),
+    )
+    listener = SimpleNamespace(stage_requests=lambda *args, is_decode: told.append((*args, is_decode)))
+    for backend in (listener, SimpleNamespace()):
         forward_requests._stage(None, object, batch, SimpleNamespace(attn_backend=backend))
-    assert told == [([5, 6], ["one", "other"], "tree")]
+    assert told == [([5, 6], ["one", "other"], "tree", False)]
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "prompt_end"), [(None, 30), (30, 30), (24, 24), (20, 20), (7, 20)], ids=lambda n: str(n)
+)
+def test_what_was_generated_before_a_retraction_is_no_prompt(prompt_len, prompt_end):
+    mode = SimpleNamespace(is_decode=lambda: False)
+    batch = SimpleNamespace(forward_mode=mode, seq_lens_cpu=torch.tensor([30]), extend_seq_lens_cpu=[10])
+    [request] = plan_forward(batch, StagedRequests([7], [], prompt_lens=[prompt_len])).requests
+    assert (request.prefix_len, request.prompt_end) == (20, prompt_end)
 
 
 MODEL = SimpleNamespace(

@@ -49,6 +49,20 @@ def test_a_request_does_not_see_its_neighbours(positions):
             assert torch.equal(alone.decode(row, start, new), out)
 
 
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+@pytest.mark.parametrize("prompt_len", [10, 40, 53])
+@pytest.mark.parametrize("cached", [0, 10, 61])
+def test_a_retracted_request_computes_what_it_had_generated_as_before(positions, prompt_len, cached):
+    """From wherever the radix cache knows nothing; also where generating began within the window."""
+    of, server, again = tokens(80, seed=4), *(Server(positions=positions, theta=2.0) for _ in range(2))
+    first = server.forward((0, 0, part(of, 0, prompt_len)))
+    first += [server.decode(0, n, part(of, n, n + 1)) for n in range(prompt_len, 80)]
+    if cached:
+        again.forward((0, 0, part(of, 0, cached)), prompt_len=prompt_len)
+    out = again.forward((0, cached, part(of, cached, 80)), prompt_len=prompt_len)[0]
+    torch.testing.assert_close(out[max(prompt_len - cached, 0) :], torch.cat(first)[max(prompt_len, cached) :])
+
+
 def test_budget_beyond_the_context_is_dense():
     """Law 1, also one token below and at the window's size."""
     prompt = tokens(60, seed=3)
