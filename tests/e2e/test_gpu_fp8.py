@@ -63,7 +63,7 @@ def test_float8_selects_and_answers_as_bfloat16_does(servers):
     assert scores["fp8"] >= scores["bf16"] - ALLOWED
     for counted_here in counters.values():
         assert counted_here["attended_tokens"] == WINDOW * counted_here["decode_queries"]
-        assert min(counted_here[name] for name in ("votes", "reuses", "block_votes")) > 0
+        assert counted_here["votes"] > 0 and counted_here["block_votes"] > 0
 
 
 def test_dense_requests_know_the_scales_too(servers):

@@ -36,7 +36,14 @@ def test_the_readme_has_every_option():
     "document",
     [
         *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"),
-        *("docs/effort.md", "docs/accuracy.md", "docs/evaluation.md", "docs/inspect.md"),
+        *(
+            "docs/effort.md",
+            "docs/accuracy.md",
+            "docs/evaluation.md",
+            "docs/inspect.md",
+            "docs/doctor.md",
+            "docs/faults.md",
+        ),
         *("bench/needle/README.md", "bench/kernels/README.md"),
     ],
 )

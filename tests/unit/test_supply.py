@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = [Requirement(text) for text in PROJECT["dependencies"]]
 TEST_EXTRA = [Requirement(text) for text in PROJECT["optional-dependencies"]["test"]]
 # SGLang pins them to what it works with, so this package takes what SGLang brings.
-BROUGHT_BY_SGLANG = {"flashinfer-python"}
+BROUGHT_BY_SGLANG = {"flashinfer-python", "orjson"}
 INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
 
 
