@@ -147,9 +147,8 @@ def find_refused_torch(model_config: ModelConfig, sliding_layers: Collection[int
     architecture = model_config.hf_config.architectures[0]
     if architecture in _GPU_ONLY:
         yield Refusal("model", f"not {' or '.join(_GPU_ONLY)} on a CPU", architecture, "SGLang needs a GPU for it")
-    num_kv_heads = model_config.get_total_num_kv_heads()
-    own = getattr(model_config.hf_config, "original_total_num_kv_heads", num_kv_heads)  # SGLang's, on a CPU only
-    if num_kv_heads != own:
+    own = getattr(model_config.hf_config, "original_total_num_kv_heads", None)  # SGLang's, if it added some on a CPU
+    if own is not None and (num_kv_heads := model_config.get_total_num_kv_heads()) != own:
         got = f"one for which SGLang makes them {num_kv_heads}"
         yield Refusal("tp_size", f"a divisor of the {own} KV heads on a CPU", got, "heads that it adds would vote")
 
