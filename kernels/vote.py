@@ -19,14 +19,8 @@ VOTE_PROGRAMS = 8
 MAX_ROW_PROGRAMS = 512
 """Voting programs of a row, at most: all of them meet in the same groups."""
 
-TAKE = 1024
-"""Given scores that a program looks at at once."""
-
 TAKE_TILES = 8
 """Tiles of shared scores that a voting program looks at at once."""
-
-TAKE_PROGRAMS = 4
-"""Programs for each multiprocessor that look at given scores."""
 
 
 @triton.jit
@@ -320,15 +314,13 @@ def take_scores(rows: SelectionRows, num_rows: int, workspace: Workspace) -> Non
     Row r's scores are ``workspace.scores.view(-1)[first[r] * TILE :][: num_candidates[r]]`` float32, not
     negative, where ``first`` counts the tiles of the rows before.
     """
-    num_groups = workspace.limits.num_groups
-    take = min(TAKE, num_groups)
-    programs = previous_power_of_2(TAKE_PROGRAMS * workspace.num_multiprocessors // num_rows)
-    _take_scores_kernel[(max(programs, num_groups // take), num_rows)](
+    programs, take = workspace.take_programs(num_rows)
+    _take_scores_kernel[(programs, num_rows)](
         rows.num_candidates,
         workspace.scores,
         workspace.maxima,
         TILE=TILE,
-        NUM_GROUPS=num_groups,
+        NUM_GROUPS=workspace.limits.num_groups,
         TAKE=take,
         ROWS=rows_block(num_rows),
         PDL=workspace.pdl,

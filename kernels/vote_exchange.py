@@ -19,19 +19,13 @@ import triton.language as tl
 from .launch import start_next, wait_for_previous
 from .rows import SelectionRows, first_tile_of, rows_block
 from .vote_keys import vote_keys
-from .workspace import TILE, Workspace, WorkspaceLimits, previous_power_of_2
+from .workspace import TILE, Workspace, WorkspaceLimits
 
 MESSAGE = 4
 """Words of a row's message about reuse: three numbers, rounded up."""
 
 ALIGNED_WORDS = 32
 """Regions of the memory begin at multiples of 256 bytes."""
-
-TAKE = 1024
-"""Scores that a program adds up at once."""
-
-TAKE_PROGRAMS = 4
-"""Programs for each multiprocessor that add up scores."""
 
 
 @dataclass(frozen=True)
@@ -242,11 +236,9 @@ def sum_votes(rows: SelectionRows, num_rows: int, workspace: Workspace, exchange
 
     Waits on the device for the other ranks, unless no row votes.
     """
-    num_groups = workspace.limits.num_groups
-    take = min(TAKE, num_groups)
-    programs = previous_power_of_2(TAKE_PROGRAMS * workspace.num_multiprocessors // num_rows)
+    programs, take = workspace.take_programs(num_rows)
     layout = exchange.layout
-    _sum_votes_kernel[(max(programs, num_groups // take), num_rows)](
+    _sum_votes_kernel[(programs, num_rows)](
         rows.num_candidates,
         exchange.addresses,
         exchange.summed,
@@ -259,7 +251,7 @@ def sum_votes(rows: SelectionRows, num_rows: int, workspace: Workspace, exchange
         layout.place_size,
         WORLD=layout.world_size,
         TILE=TILE,
-        NUM_GROUPS=num_groups,
+        NUM_GROUPS=workspace.limits.num_groups,
         TAKE=take,
         ROWS=rows_block(num_rows),
         PDL=workspace.pdl,

@@ -37,6 +37,12 @@ CHUNK_FIELDS = 8
 MAX_SHARED_KV_HEADS = 8
 """KV heads whose scores of shared tiles the scratch holds. Rows of models with more are scored apart."""
 
+TAKE = 1024
+"""Scores that a program looks at at once, where they are there already."""
+
+TAKE_PROGRAMS = 4
+"""Programs for each multiprocessor that look at such scores."""
+
 MAX_RUNS = 64
 """Programs that compact one row's candidates, at most; each owns one run of the row."""
 
@@ -145,6 +151,16 @@ class Workspace:
         self.maxima = torch.full((rows, limits.num_groups), -1, dtype=torch.int64, device=device)
         # Programs that are done with their segment; the last one chooses, and sets this back to 0.
         self.arrivals = torch.zeros(rows, dtype=torch.int32, device=device)
+
+    def take_programs(self, num_rows: int) -> tuple[int, int]:
+        """Of kernels that look at scores that are there: programs for each row, and scores of each at once.
+
+        The candidates of a program are then always in the same groups.
+        """
+        num_groups = self.limits.num_groups
+        take = min(TAKE, num_groups)
+        programs = previous_power_of_2(TAKE_PROGRAMS * self.num_multiprocessors // num_rows)
+        return max(programs, num_groups // take), take
 
 
 class DecodeWorkspace(Workspace):
