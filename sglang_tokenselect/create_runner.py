@@ -79,7 +79,7 @@ def _create_gpu_runner(model_runner: ModelRunner, config: TokenSelectConfig) -> 
     decode_graphs.capture_all()
     logger.info(
         "TokenSelect: %.0f MiB on the GPU, %.0f MiB of it for the decode selections of %d requests in %d layers",
-        buffers.total_bytes / MIB,
+        (buffers.total_bytes + (exchange.memory.nbytes if exchange else 0)) / MIB,
         buffers.cache_bytes / MIB,
         config.cache_requests,
         len(layer_ids),

@@ -37,29 +37,17 @@ def ask_alone(clients: Clients, questions: Iterable[Question]) -> Alone:
     return Alone(texts, right)
 
 
-@dataclass(frozen=True)
-class Mismatches:
-    """Answers that differ from those alone, a line each.
-
-    Attributes:
-        wrong: of requests that were never retracted, and must not differ.
-        retracted: of others. What they had generated came back as prefill, whose blocks select for many queries.
-    """
-
-    wrong: list[str]
-    retracted: list[str]
-
-
-def mismatches(outcomes: Sequence[Outcome], alone: Alone) -> Mismatches:
-    found = Mismatches([], [])
+def mismatches(outcomes: Sequence[Outcome], alone: Alone) -> list[str]:
+    """One line for each answer that differs from the one alone."""
+    found = []
     for outcome in outcomes:
         if outcome.request.kind == "bad" or outcome.error is not None:
             continue
         expected = alone.texts[outcome.request.question]
         if not is_same(outcome.text, expected, outcome.finished):
             right = "/".join(outcome.request.question.answers)
-            told = f"{outcome.request.question}: expected {expected!r} as alone ({right}), got {outcome.text!r}"
-            (found.retracted if outcome.retractions else found.wrong).append(told)
+            crowd = f"as alone ({right}), after {outcome.retractions} retractions"
+            found.append(f"{outcome.request.question}: expected {expected!r} {crowd}, got {outcome.text!r}")
     return found
 
 

@@ -52,10 +52,10 @@ def test_an_answer_that_differs_is_told():
     alone = checks.Alone({question: " a: 12"}, 1)
     request = Request(0.0, "answer", question)
     outcomes = [Outcome(request, " a: 12"), Outcome(request, " a: 34"), Outcome(request, " a: 56", retractions=1)]
-    assert checks.mismatches(outcomes[:1], alone) == checks.Mismatches([], [])
-    found = checks.mismatches(outcomes, alone)
-    assert [("34" in told, "context 1 of 300 tokens, question 2" in told) for told in found.wrong] == [(True, True)]
-    assert ["56" in told for told in found.retracted] == [True]
+    assert checks.mismatches(outcomes[:1], alone) == []
+    first, second = checks.mismatches(outcomes, alone)
+    assert "34" in first and "context 1 of 300 tokens, question 2" in first
+    assert "56" in second and "after 1 retractions" in second
 
 
 def test_faults_of_a_log():
