@@ -13,12 +13,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_ENDS = (signal.SIGINT, signal.SIGTERM)
 
 
 class ServerProcess:
@@ -47,8 +51,8 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ServerProcess:
-        self.start()
         try:
+            self.start()
             self.wait_until_ready()
         except BaseException:
             self.stop()
@@ -62,7 +66,7 @@ class ServerProcess:
             self.log_path.unlink()
 
     def start(self) -> None:
-        with self.log_path.open("wb") as log:
+        with _signals_deferred(), self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self._env, start_new_session=True
             )
@@ -150,6 +154,23 @@ class ServerProcess:
                 return True
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """What ends this program from outside waits: else it could come between a new process and our knowledge of it."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    came: list[int] = []
+    handlers = {signum: signal.signal(signum, lambda number, frame: came.append(number)) for signum in _ENDS}
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def allow_loopback() -> None:
